@@ -1,0 +1,914 @@
+"""What every experiment needs and none owns, as plain functions, in the order in which a run meets them:
+
+flags from a dataclass; runs and their groups; random streams; pure optimisers; `Fused`, which turns the step of one run
+into the step of many; the run folder (atomic, locked, checksummed, resumable); claims; figures; and `main`, which puts a
+script's studies on the command line. `python common.py compare RUN RUN ...` tabulates how finished runs differ.
+
+No model, no data law and no experiment's name is in here."""
+import argparse
+import contextlib
+import csv
+import dataclasses
+import difflib
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+import typing
+import zipfile
+from pathlib import Path
+from typing import Literal
+
+# A compile takes 20 s cold and 3 s from this cache, so the cache must outlive /tmp.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(
+    os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "small-networks", "inductor"))
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from tqdm import tqdm
+
+CHUNK = 100         # steps whose data is drawn at once; part of the definition of every run's random numbers
+BLOCK_NUMBERS = 2 ** 14  # parameters that go through one kernel together on a CPU (64 KB of float32, measured)
+COMPILE_PAYS = 45.  # seconds of eager training from which a cold compile (20 to 30 s, then 3 times faster or more) pays
+
+
+class Stop(Exception):
+    """A mistake that the user can mend: printed as one line, exit status 2."""
+
+
+# ---- Flags ----------------------------------------------------------------------------------------------------------
+
+def flag(default, help, low=None, high=None, number=False):
+    """A dataclass field that is a command-line flag: its default, its help (with units), inclusive bounds, and whether
+    it is only a number to the tensor program, so that runs which differ in it share one program."""
+    metadata = dict(help=help, low=low, high=high, number=number)
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass
+class Flags:
+    """The flags that every experiment has. A subclass adds its own, may override `check`, and may set `per_study`:
+    defaults of a study (by its name) and of `--smoke`, which lose against what the command line says."""
+    study: str = flag("", "which question to ask")
+    steps: int = flag(1000, "training steps", low=1)
+    seed: int = flag(0, "seed of the first run; run i has seed + i", low=0, high=2 ** 62)
+    runs: int = flag(1, "seeds per configuration", low=1)
+    sweep: list[str] = flag([], "field=v1,v2 ...: one configuration for each combination")
+    device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "where tensors live")
+    compile: Literal["auto", "on", "off"] = flag("auto", "compile the step (auto: where the whole run gets shorter)")
+    threads: int = flag(1, "CPU threads", low=1)
+    out: str = flag("", "run folder (default runs/EXPERIMENT/NAME)")
+    name: str = flag("", "name of the run folder (default: the flags that were changed)")
+    resume: bool = flag(False, "go on with an unfinished run")
+    force: bool = flag(False, "delete what is in the run folder and start again")
+    save_every: float = flag(30., "seconds between checkpoints", low=0)
+    snapshots: int = flag(0, "log-spaced copies of the parameters to keep", low=0)
+    figures: list[str] = flag([], "names of the figures to draw (default: all of the study)")
+    plot_only: bool = flag(False, "draw the figures again from the saved arrays")
+    smoke: bool = flag(False, "the same path end to end, tiny, in seconds")
+
+    per_study: typing.ClassVar[dict] = {}
+
+    def check(self):
+        """Raise Stop where the values contradict each other."""
+
+
+# Flags that say how or where to run, not what: they name no folder and are not compared on resume.
+HOW = {"device", "compile", "threads", "out", "name", "resume", "force", "save_every", "figures", "plot_only"}
+
+
+def parse(text, kind):
+    """A flag's value from its text; Stop with what would have been right."""
+    try:
+        if kind is int:
+            number = float(text) if re.fullmatch(r"[-+]?[\d.]+[eE][-+]?\d+", text) else int(text)
+            if number != int(number):
+                raise ValueError
+            return int(number)
+        if kind is float:
+            if not math.isfinite(float(text)):
+                raise ValueError
+            return float(text)
+    except (ValueError, OverflowError):
+        raise Stop(f"{text!r} is not {'a whole number' if kind is int else 'a finite number'}") from None
+    if kind is bool:
+        if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+            raise Stop(f"{text!r} is neither true nor false")
+        return text.lower() in ("true", "1", "yes")
+    choices = typing.get_args(kind)
+    if choices and text not in choices:
+        near = difflib.get_close_matches(text, choices, 1)
+        raise Stop(f"{text!r} is not one of {', '.join(choices)}" + (f"; did you mean {near[0]}?" if near else ""))
+    return text
+
+
+def cli(cls, argv=None):
+    """Flags from the command line. Precedence: argv, then --smoke, then the study, then the field's default."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [re.sub(r"^--[\w-]+", lambda m: m[0].replace("_", "-"), a) for a in argv]
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    kinds = typing.get_type_hints(cls)
+    parser = argparse.ArgumentParser(prog=f"python {Path(sys.modules[cls.__module__].__file__).name}",
+                                     description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     argument_default=argparse.SUPPRESS, exit_on_error=False)
+    parser.error = lambda message: (_ for _ in ()).throw(Stop(message))
+    common = {f.name for f in dataclasses.fields(Flags)} - {"study", "steps"}
+    groups = {False: parser.add_argument_group("experiment"), True: parser.add_argument_group("running")}
+    for name, field in fields.items():
+        kind, listy = kinds[name], typing.get_origin(kinds[name]) is list
+        default = " ".join(field.default_factory()) if listy else field.default
+        options = dict(help=f"{field.metadata['help']} [{default}]".replace("%", "%%"))
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["metavar"] = "|".join(typing.get_args(kind)) if typing.get_origin(kind) is Literal else \
+                "TEXT" if listy or kind is str else kind.__name__.upper()
+            if listy:
+                options |= dict(nargs="+", action="extend")
+        groups[name in common].add_argument("--" + name.replace("_", "-"), **options)
+    try:
+        given, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise Stop(str(error)) from None
+    if unknown:
+        known = [o for a in parser._actions for o in a.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
+        raise Stop(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
+    explicit = {}
+    for name, value in vars(given).items():
+        try:
+            explicit[name] = parse(value, kinds[name]) if isinstance(value, str) else value
+        except Stop as stop:
+            raise Stop(f"--{name.replace('_', '-')}: {stop}") from None
+    study = explicit.get("study", fields["study"].default)
+    defaults = cls.per_study.get(study, {}) | (cls.per_study.get("smoke", {}) if explicit.get("smoke") else {})
+    flags = cls(**{**defaults, **explicit})
+    if "sweep" not in explicit:  # a study's own sweep gives way to a flag that fixes the same field
+        flags.sweep = [s for s in flags.sweep if s.split("=")[0] not in explicit]
+    for field in fields.values():
+        value, low, high = getattr(flags, field.name), field.metadata["low"], field.metadata["high"]
+        if low is not None and value < low or high is not None and value > high:
+            raise Stop(f"--{field.name.replace('_', '-')} {value} must be "
+                       + " and ".join([f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)))
+    if flags.device == "cuda" and not torch.cuda.is_available():
+        raise Stop("--device cuda: torch sees no CUDA device; use --device cpu")
+    if flags.device == "mps" and not torch.backends.mps.is_available():
+        raise Stop("--device mps: torch sees no MPS device; use --device cpu")
+    groups_of_runs(flags)  # every run's flags are checked before anything is written
+    return flags
+
+
+def device(flags):
+    """The torch device that --device names; auto takes CUDA if there is one, else the CPU."""
+    return torch.device({"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(flags.device, flags.device))
+
+
+def shorthand(flags):
+    """Name of a run from the flags that were changed, such as digit_d_model64_lr3e-3."""
+    defaults = type(flags)(**type(flags).per_study.get(flags.study, {}))
+    words = [flags.study] if flags.study else []
+    for f in dataclasses.fields(flags):
+        value = getattr(flags, f.name)
+        if f.name not in HOW | {"study"} and value != getattr(defaults, f.name):
+            if isinstance(value, bool):
+                words.append(f.name if value else f"no_{f.name}")
+            else:
+                text = " ".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else value
+                words.append(f"{f.name}{text}")
+    name = re.sub(r"[^\w.,=+-]", "-", "_".join(words)) or "default"
+    return name if len(name) < 100 else f"{name[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+# ---- Runs -----------------------------------------------------------------------------------------------------------
+
+def swept(flags):
+    """{field: values} of --sweep, parsed and checked."""
+    kinds, fields = typing.get_type_hints(type(flags)), {f.name: f for f in dataclasses.fields(flags)}
+    grid = {}
+    for text in flags.sweep:
+        name, equals, values = text.partition("=")
+        name = name.replace("-", "_")
+        if not equals or not values:
+            raise Stop(f"--sweep {text}: write field=v1,v2")
+        if name not in fields or name in HOW | {"sweep", "seed", "runs", "study", "smoke", "snapshots"} or name in grid:
+            near = difflib.get_close_matches(name, fields, 1)
+            raise Stop(f"--sweep {text}: {name} is " + ("given twice" if name in grid else "not a field to sweep"
+                       + (f"; did you mean {near[0]}?" if near and near[0] != name else "")))
+        try:
+            grid[name] = list(dict.fromkeys(parse(v, kinds[name]) for v in values.split(",")))
+        except Stop as stop:
+            raise Stop(f"--sweep {text}: {stop}") from None
+        low, high = fields[name].metadata["low"], fields[name].metadata["high"]
+        for v in grid[name]:
+            if low is not None and v < low or high is not None and v > high:
+                raise Stop(f"--sweep {text}: {name} {v} is outside {low if low is not None else '-inf'} .. "
+                           f"{high if high is not None else 'inf'}")
+    return grid
+
+
+def groups_of_runs(flags, points=None):
+    """Runs as lists of Flags, one list for each tensor program: within a list only seeds and number fields differ.
+
+    points: configurations as dicts of fields; by default the grid of --sweep. Run i of a configuration has seed
+    flags.seed + i. (A later sharding over processes cuts these lists, and nothing else needs to know.)"""
+    if points is None:
+        grid = swept(flags)
+        points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+    numbers = {f.name for f in dataclasses.fields(flags) if f.metadata["number"]}
+    groups = {}
+    for point in points:
+        shape = tuple((k, v) for k, v in point.items() if k not in numbers)
+        for i in range(flags.runs):
+            run = dataclasses.replace(flags, **point, seed=flags.seed + i, runs=1, sweep=[])
+            run.check()
+            groups.setdefault(shape, []).append(run)
+    return list(groups.values())
+
+
+def numbers(runs):
+    """{field: tensor [R]} of every number field of the runs: what a step receives beside state and batch."""
+    at = device(runs[0])
+    return {f.name: torch.tensor([getattr(r, f.name) for r in runs], device=at,
+                                 dtype=torch.float32 if isinstance(getattr(runs[0], f.name), float) else torch.int32)
+            for f in dataclasses.fields(runs[0]) if f.metadata["number"]}
+
+
+def generator(seed, stream, chunk=0):
+    """A CPU generator for (seed, stream name, chunk number); the same on every machine and in every process."""
+    digest = hashlib.sha256(f"{seed}/{stream}/{chunk}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def marks(steps, count):
+    """Sorted steps in 0..steps, log-spaced, about `count` of them, both ends included."""
+    if count < 1:
+        return []
+    return sorted({0, steps, *(int(round(s)) for s in np.geomspace(1, steps, max(count - 1, 1)))})
+
+
+def segments(done, steps, stops=()):
+    """(start, stop) pieces of done..steps that cross neither a chunk boundary nor a step in `stops`."""
+    cuts = sorted({done, steps, *range(0, steps, CHUNK), *stops})
+    cuts = [c for c in cuts if done <= c <= steps]
+    return list(zip(cuts, cuts[1:]))
+
+
+# ---- Optimisers: pure functions on dicts of tensors; the state is a dict that holds the step count t ---------------------
+
+def adam_init(params):
+    """Zero moments and step count for `adamw`."""
+    some = next(iter(params.values()))
+    zeros = lambda: {k: torch.zeros_like(p) for k, p in params.items()}
+    return {"m": zeros(), "v": zeros(), "t": torch.zeros((), dtype=some.dtype, device=some.device)}
+
+
+def adamw(params, grads, state, lr, weight_decay=0., beta1=.9, beta2=.999, eps=1e-8):
+    """One step of AdamW (Loshchilov & Hutter 2019, decoupled decay lr * weight_decay); weight_decay=0 is Adam
+    (Kingma & Ba 2015). Every hyperparameter may be a tensor. Returns new params and state."""
+    t = state["t"] + 1
+    # 1 - beta^t without the cancellation that costs float32 four digits at beta = .999, t = 1
+    debias1, debias2 = (-torch.expm1(t * torch.log(torch.as_tensor(b, dtype=t.dtype))) for b in (beta1, beta2))
+    m = {k: beta1 * state["m"][k] + (1 - beta1) * g for k, g in grads.items()}
+    v = {k: beta2 * state["v"][k] + (1 - beta2) * g * g for k, g in grads.items()}
+    new = {k: p * (1 - lr * weight_decay) - lr * (m[k] / debias1) / ((v[k] / debias2).sqrt() + eps)
+           for k, p in params.items()}
+    return new, {"m": m, "v": v, "t": t}
+
+
+def sgd_init(params):
+    """Zero velocity and step count for `sgd`."""
+    state = adam_init(params)
+    return {"m": state["m"], "t": state["t"]}
+
+
+def sgd(params, grads, state, lr, momentum=0., weight_decay=0.):
+    """One step of SGD with heavy-ball momentum and L2 decay, as torch.optim.SGD (dampening 0)."""
+    m = {k: momentum * state["m"][k] + g + weight_decay * params[k] for k, g in grads.items()}
+    return {k: p - lr * m[k] for k, p in params.items()}, {"m": m, "t": state["t"] + 1}
+
+
+def norm(tensors):
+    """Euclidean norm of a dict of tensors taken as one vector."""
+    return torch.sqrt(sum((x * x).sum() for x in tensors.values()))
+
+
+# ---- The fused loop -------------------------------------------------------------------------------------------------
+
+def tree(f, *trees):
+    """f applied leaf by leaf to nested dicts of tensors."""
+    return {k: tree(f, *(t[k] for t in trees)) for k in trees[0]} if isinstance(trees[0], dict) else f(*trees)
+
+
+def leaves(x):
+    return [leaf for v in x.values() for leaf in leaves(v)] if isinstance(x, dict) else [x]
+
+
+def stack(states):
+    """Nested dicts, one per run, to one with a leading axis of runs."""
+    states = list(states)
+    return tree(lambda *xs: torch.stack(xs), *states)
+
+
+def run_of(x, r):
+    """Run r of a nested dict with a leading axis of runs."""
+    return tree(lambda t: t[r], x)
+
+
+def block_size(state, at):
+    """Runs that go through one kernel together. On a CPU a power of two up to 16 that keeps the block's parameters in
+    the first-level cache (128-wide: 1; 16-wide: 4; 2-wide: 16), whatever the number of runs, so that a run has the same
+    bits alone and in company; on an accelerator all runs."""
+    params = state["params"]
+    runs, size = len(next(iter(params.values()))), sum(p[0].numel() for p in params.values())
+    return runs if at.type != "cpu" else 2 ** min(4, int(math.log2(max(1, BLOCK_NUMBERS // size))))
+
+
+class Fused:
+    """The step of one run as the step of many: `step(state, batch, numbers) -> (state, logs)` on single runs becomes,
+    on tensors with a leading axis of runs, blocks of one fixed size (padded), compiled, updated in place.
+
+    state: nested dict of tensors [R, ...] with "params" in it; numbers: dict of tensors [R]; example: data of one step
+    [R, ...]. `compiled`, `why` and `compile_seconds` say what was decided; pass `compiled` of an earlier part of the
+    same run to keep its decision."""
+
+    def __init__(self, step, state, numbers, example, flags, steps, compiled=None):
+        self.at, self.runs = device(flags), len(leaves(state)[0])
+        self.size = block_size(state, self.at)
+        padded = torch.arange(-(-self.runs // self.size) * self.size).clamp(max=self.runs - 1)
+        self.index = list(padded.split(self.size))
+        self.blocks = [tree(lambda x: x[i].clone(), state) for i in self.index]
+        self.numbers = [tree(lambda x: x[i].clone(), numbers) for i in self.index]
+        self.step = self.eager = self.batched(step)
+        self.compile_seconds = 0.
+        self.compiled, self.why = self.decide(flags, example, steps) if compiled is None else (compiled, "as before")
+        if self.compiled:
+            self.build(example)
+
+    def batched(self, step):
+        """step of one run -> in-place step of one block."""
+        if self.size == 1:
+            def many(state, batch, numbers):
+                new, logs = step(*(tree(lambda x: x[0], x) for x in (state, batch, numbers)))
+                return tree(lambda x: x[None], new), tree(lambda x: x[None], logs)
+        else:
+            many = torch.vmap(step)
+
+        def update(state, batch, numbers):
+            new, logs = many(state, batch, numbers)
+            for old, value in zip(leaves(state), leaves(new)):
+                old.copy_(value)
+            return logs
+        return update
+
+    def first(self, example):
+        """Arguments for a trial step: copies, so that nothing moves."""
+        i = self.index[0]
+        return tree(torch.clone, self.blocks[0]), tree(lambda x: x[i].to(self.at), example), self.numbers[0]
+
+    def decide(self, flags, example, steps):
+        if flags.compile != "auto" or self.at.type == "mps":
+            on = flags.compile == "on" and self.at.type != "mps"
+            return on, f"--compile {flags.compile}" if self.at.type != "mps" else "MPS runs eager"
+        if self.at.type == "cuda":
+            return True, "CUDA"
+        arguments = self.first(example)
+        self.eager(*arguments)
+        start = time.perf_counter()
+        for trial in range(1, 6):
+            self.eager(*arguments)
+            if time.perf_counter() - start > 2:
+                break
+        total = (time.perf_counter() - start) / trial * len(self.blocks) * steps
+        return total > COMPILE_PAYS, f"eager would take {total:.0f} s" + (
+            f", less than the {COMPILE_PAYS:.0f} s from which compiling pays" if total <= COMPILE_PAYS else "")
+
+    def build(self, example):
+        start = time.perf_counter()
+        try:
+            # dynamic=False: one shape, so that every run of every block goes through the same kernels
+            mode = dict(mode="reduce-overhead") if self.at.type == "cuda" else {}
+            step = torch.compile(self.eager, fullgraph=True, dynamic=False, **mode)
+            step(*self.first(example))
+            self.step = step
+        except Exception as error:  # no compiler, no Python headers, read-only cache, ... : eager is always right
+            reason = str(error).strip().splitlines()
+            self.compiled, self.why = False, f"compiling failed ({type(error).__name__}: {reason[0][:120] if reason else ''})"
+        self.compile_seconds = time.perf_counter() - start
+
+    def __call__(self, data):
+        """Do data.shape[0] steps on data [K, R, ...] (a tensor or nested dict); returns logs {name: [K, R, ...]}."""
+        logs = []
+        for i, block, hyper in zip(self.index, self.blocks, self.numbers):
+            mine = tree(lambda x: x[:, i].to(self.at), data)
+            rows = []
+            for k in range(len(leaves(mine)[0])):
+                if self.at.type == "cuda":
+                    torch.compiler.cudagraph_mark_step_begin()
+                rows.append(tree(torch.clone, self.step(block, tree(lambda x: x[k], mine), hyper)))
+            logs.append(tree(lambda *xs: torch.stack(xs), *rows))
+        return tree(lambda *xs: torch.cat(xs, 1)[:, :self.runs].cpu(), *logs)
+
+    def state(self):
+        """The state of all runs, on the CPU, without the padding."""
+        return tree(lambda *xs: torch.cat(xs)[:self.runs].cpu(), *self.blocks)
+
+
+class Progress:
+    """Loss, run-steps per second and time left: a bar on a terminal, a plain line every 20 s elsewhere."""
+
+    def __init__(self, runs, done, steps, label):
+        self.runs, self.done, self.steps, self.label = runs, done, steps, label
+        self.start = self.last = time.perf_counter()
+        self.first = done
+        self.bar = tqdm(total=steps, initial=done, desc=label, unit="step", leave=False) if sys.stderr.isatty() else None
+
+    def __call__(self, step, loss):
+        now, n = time.perf_counter(), step - self.first
+        rate = n / max(now - self.start, 1e-9)
+        if self.bar:
+            self.bar.set_postfix_str(f"loss {loss:.3g}, {rate * self.runs:.0f} run-steps/s")
+            self.bar.update(step - self.done)
+        elif now - self.last > 20 or step == self.steps:
+            self.last = now
+            print(f"{self.label}  step {step}/{self.steps}  loss {loss:.3g}  {rate * self.runs:.0f} run-steps/s  "
+                  f"{(self.steps - step) / rate:.0f} s left", flush=True)
+        self.done = step
+        if self.bar and step == self.steps:
+            self.bar.close()
+
+
+# ---- The run folder -------------------------------------------------------------------------------------------------
+
+def sha(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+class Folder:
+    """One run folder: atomic writes, checksums, a lock, the flags it belongs to, and what the summary needs."""
+
+    def __init__(self, path, flags, parent=None):
+        self.path, self.flags, self.parent = Path(path), flags, parent
+        self.rows, self.seconds, self.run_steps, self.compiled = [], 0., 0, []
+        self.interrupted = False
+        self.saved = time.monotonic()
+        self.sums = {}
+        if (self.path / "checksums.json").exists():
+            try:
+                self.sums = json.loads((self.path / "checksums.json").read_text())
+                assert all(isinstance(v, list) for v in self.sums.values())
+            except (ValueError, AttributeError, AssertionError, OSError):
+                raise Stop(f"{self.path / 'checksums.json'} is damaged; --force to start again, or --name another") from None
+
+    def sub(self, i, count):
+        """Folder of shape group i: this one if there is only one group."""
+        if count == 1:
+            return self
+        folder = Folder(self.path / f"group{i}", self.flags, parent=self)
+        folder.path.mkdir(exist_ok=True)
+        folder.interrupted = self.interrupted
+        return folder
+
+    # -- bytes in and out
+    def write(self, name, data):
+        """Write bytes under a name: first the checksum (beside the old one), then the file by rename, so that a crash
+        between the two leaves a file that is still accepted."""
+        self.sums[name] = ([self.sums[name][-1]] if name in self.sums else []) + [sha(data)]
+        try:
+            for target, content in (("checksums.json", json.dumps(self.sums, indent=1).encode()), (name, data)):
+                temporary = self.path / f".{target}.tmp"
+                with open(temporary, "wb") as f:
+                    f.write(content)
+                    f.flush()
+                    os.fsync(f.fileno())
+                os.replace(temporary, self.path / target)
+        except OSError as error:
+            raise Stop(f"cannot write {self.path / name}: {error.strerror}; what was saved before is untouched") from None
+
+    def read(self, name):
+        """The bytes of a file of this folder, if they are those that were written."""
+        try:
+            data = (self.path / name).read_bytes()
+        except OSError as error:
+            raise Stop(f"cannot read {self.path / name}: {error.strerror}") from None
+        if sha(data) not in self.sums.get(name, []):
+            raise Stop(f"{self.path / name} is damaged or foreign: its checksum is not the one recorded; "
+                       "--force to start again, or --name another")
+        return data
+
+    def has(self, name):
+        return (self.path / name).exists()
+
+    def write_json(self, name, value):
+        self.write(name, (json.dumps(value, indent=1, default=plain) + "\n").encode())
+
+    def read_json(self, name):
+        try:
+            return json.loads(self.read(name))
+        except ValueError:
+            raise Stop(f"{self.path / name} is not JSON") from None
+
+    def write_npz(self, name, arrays):
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **{k: np.asarray(v) for k, v in arrays.items()})
+        self.write(name, buffer.getvalue())
+
+    def read_npz(self, name):
+        return read_npz(io.BytesIO(self.read(name)), self.path / name)
+
+    # -- checkpoints
+    def checkpoint(self, state, step, log, snapshots=None, force=False):
+        """Save the state of all runs (state is a function, called if it is time), {"params", "optimiser", "step"}, and
+        the metrics so far (log: {name: list of tensors}), every --save-every seconds, when forced, and on Ctrl-C."""
+        if not (force or self.interrupted or time.monotonic() - self.saved > self.flags.save_every):
+            return
+        buffer, state = io.BytesIO(), state()
+        torch.save({"params": state["params"], "optimiser": {k: v for k, v in state.items() if k != "params"},
+                    "step": step, "metrics": {k: torch.cat(v) for k, v in log.items()},
+                    "snapshots": snapshots or {}, "compiled": bool(self.compiled and self.compiled[-1]["compiled"])},
+                   buffer)
+        self.write("checkpoint.pt", buffer.getvalue())
+        self.saved = time.monotonic()
+
+    def resume(self, like=None):
+        """The checkpoint of this folder as a dict, or None where there is none (says so under --resume).
+        like: a state of the expected shapes."""
+        if not self.has("checkpoint.pt"):
+            if self.flags.resume and not self.parent:
+                print(f"nothing to resume in {self.path}: starting afresh")
+            return None
+        saved = load_checkpoint(self.path / "checkpoint.pt", self.read("checkpoint.pt"))
+        if like is not None:
+            same_shapes(saved, like, self.path / "checkpoint.pt")
+        return saved
+
+    def trained(self, runs, fused, seconds, steps):
+        """Book what a training loop did, for config.json and summary.json."""
+        self.compiled.append(dict(compiled=fused.compiled, why=fused.why, seconds=round(fused.compile_seconds, 2),
+                                  block=fused.size))
+        self.seconds, self.run_steps = self.seconds + seconds, self.run_steps + steps * len(runs)
+        if self.parent:
+            self.parent.compiled.append(self.compiled[-1])
+            self.parent.seconds, self.parent.run_steps = self.parent.seconds + seconds, self.parent.run_steps + steps * len(runs)
+            self.parent.interrupted = self.parent.interrupted or self.interrupted
+
+    def result(self, runs, metrics, final, steps=None):
+        """Save metrics.npz and one row per run: seed, swept fields, diverged, final metrics {name: [R]}."""
+        fields = [f.name for f in dataclasses.fields(runs[0]) if f.name not in HOW and f.name != "seed"
+                  and any(getattr(r, f.name) != getattr(self.flags, f.name) for r in runs + [runs[0]])
+                  and f.name not in ("runs", "sweep")]
+        rows = []
+        for i, run in enumerate(runs):
+            finals = {k: float(v[i]) for k, v in final.items()}
+            rows.append({"seed": run.seed, **{f: getattr(run, f) for f in fields},
+                         "diverged": not math.isfinite(finals["loss"]), **finals})
+        self.write_npz("metrics.npz", metrics)
+        (self.parent or self).rows += rows
+        if self.parent:
+            self.finish(rows=rows)
+        return rows
+
+    def finish(self, rows=None, claims=(), wall=0.):
+        """summary.csv, summary.json and config.json of a folder whose work is done (or interrupted)."""
+        rows = self.rows if rows is None else rows
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        self.write("summary.csv", text.getvalue().encode())
+        self.write_json("summary.json", dict(
+            experiment=experiment(self.flags), study=self.flags.study, runs=rows, claims=list(claims),
+            wall_seconds=round(wall, 2), run_steps_per_second=round(self.run_steps / self.seconds, 3) if self.seconds else None))
+        self.write_json("config.json", config(self.flags, self.compiled, finished=not self.interrupted))
+
+
+def plain(value):
+    """numpy and torch scalars for json."""
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def read_npz(source, name):
+    """Arrays of an npz file, no pickles; Stop names a bad file."""
+    try:
+        with np.load(source, allow_pickle=False) as z:
+            return {k: z[k] for k in z.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError, MemoryError) as error:
+        raise Stop(f"{name} is not a readable npz file ({type(error).__name__})") from None
+
+
+def load_checkpoint(name, data=None):
+    """A checkpoint as a dict of tensors, never code; Stop names a truncated or foreign one."""
+    try:
+        saved = torch.load(io.BytesIO(Path(name).read_bytes() if data is None else data), weights_only=True, map_location="cpu")
+        params = saved["params"]
+        assert params and all(isinstance(p, torch.Tensor) for p in params.values())
+        assert isinstance(saved["step"], int) and isinstance(saved["optimiser"], dict)
+    except OSError as error:
+        raise Stop(f"cannot read {name}: {error.strerror}") from None
+    except Exception as error:  # torch.load raises whatever the bytes lead it to
+        raise Stop(f"{name} is not a checkpoint of this project ({type(error).__name__}); "
+                   "give another file, or --force to start again") from None
+    return saved
+
+
+def same_shapes(saved, like, name):
+    """Stop unless the checkpoint holds the same tensors as the state `like`."""
+    have = {"params": saved["params"], **saved["optimiser"]}
+    shapes = lambda x, at="": {k2: s for k, v in x.items() for k2, s in shapes(v, f"{at}{k}.").items()} \
+        if isinstance(x, dict) else {at[:-1]: tuple(x.shape)}
+    a, b = shapes(have), shapes(like)
+    for key in sorted(set(a) | set(b)):
+        if a.get(key) != b.get(key):
+            raise Stop(f"{name} is of another shape: {key} is {a.get(key, 'missing')}, expected {b.get(key, 'none')}")
+
+
+def experiment(flags):
+    """Name of the script that a Flags class belongs to: exp_addition.py -> addition."""
+    return Path(sys.modules[type(flags).__module__].__file__).stem.removeprefix("exp_")
+
+
+def config(flags, compiled=(), finished=False):
+    """What config.json holds."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent) \
+        if shutil.which("git") else None
+    return dict(experiment=experiment(flags), flags=dataclasses.asdict(flags), argv=sys.argv[1:], finished=finished,
+                versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
+                              matplotlib=matplotlib.__version__),
+                device=str(device(flags)), machine=platform.machine(), threads=flags.threads, chunk=CHUNK,
+                commit=commit.stdout.strip() if commit and commit.returncode == 0 else None, compiled=list(compiled))
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Keep a second process out of a folder; the system lets go of the lock even of a killed process."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock: no lock there
+        yield
+        return
+    with open(path / ".lock", "a") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Stop(f"another process works in {path}; wait for it or give --name") from None
+        yield
+
+
+def folder_path(flags):
+    """Where this run lives; made if need be, so that it can be locked."""
+    path = Path(flags.out) if flags.out else Path("runs") / experiment(flags) / (flags.name or shorthand(flags))
+    if path.is_dir() and any(path.iterdir()) and not any((path / n).exists() for n in ("config.json", ".lock")):
+        raise Stop(f"{path} exists and is no run folder of this project; give another --out or --name")
+    if flags.plot_only and not (path / "config.json").exists():
+        raise Stop(f"{path} holds no run to draw; run the same command without --plot-only first")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / ".lock").touch()
+    except OSError as error:
+        raise Stop(f"cannot write to {path}: {error.strerror}; give another --out") from None
+    return path
+
+
+def open_folder(path, flags, script):
+    """The (locked) folder of this run, checked against what is already there; None if the run is finished."""
+    code = {"script.py": Path(script).read_bytes(), "common.py": Path(__file__).read_bytes()}
+    if flags.force:
+        for item in path.iterdir():
+            if item.name != ".lock":
+                shutil.rmtree(item) if item.is_dir() else item.unlink()
+    folder = Folder(path, flags)
+    if folder.has("config.json"):
+        old = folder.read_json("config.json")
+        if old.get("experiment") != experiment(flags):
+            raise Stop(f"{path} belongs to the experiment {old.get('experiment')}; give another --name")
+        was, now = old.get("flags", {}), dataclasses.asdict(flags)
+        differ = [f"{k} {was.get(k)} -> {now.get(k)}" for k in now if k not in HOW and was.get(k) != now[k]]
+        if differ:
+            raise Stop(f"{path} holds another configuration: {', '.join(differ)}; --force to redo, --name for a new folder")
+        if flags.plot_only:
+            return folder
+        changed = [n for n, data in code.items() if not folder.has(n) or folder.read(n) != data]
+        unfinished = not old.get("finished")
+        if changed and (not unfinished or folder.has("checkpoint.pt")):
+            raise Stop(f"{' and '.join(changed)} changed since {path} was made: --force to redo, --name for a new folder")
+        if not unfinished:
+            print(f"finished already: {path}  (--force to do it again, --plot-only to redraw)")
+            return None
+        started = any(path.rglob("checkpoint.pt"))
+        if started and not flags.resume:
+            raise Stop(f"{path} holds an unfinished run: --resume to go on, --force to start again")
+    for name, data in code.items():
+        folder.write(name, data)
+    folder.write_json("config.json", config(flags))
+    return folder
+
+
+# ---- Claims ---------------------------------------------------------------------------------------------------------
+
+def claim(id, statement, source, expected, measured, holds):
+    """One sentence and its verdict: holds is True, False, or None where this run cannot tell."""
+    return dict(id=id, statement=statement, source=source, expected=expected, measured=measured,
+                holds=None if holds is None else bool(holds))
+
+
+def vote(agree, least=3):
+    """Verdict over seeds: true if three quarters of them agree, false if three quarters do not, else (or with fewer
+    than `least` seeds) undecided."""
+    agree = np.asarray(agree, bool)
+    if len(agree) < least:
+        return None
+    return True if agree.mean() >= .75 else False if agree.mean() <= .25 else None
+
+
+def spread(values, digits=3):
+    """'median [lowest, highest], n seeds' of one number per run; runs that are not finite are named, never averaged."""
+    values = np.asarray(values, float)
+    good = values[np.isfinite(values)]
+    lost = f", {len(values) - len(good)} without a value" if len(good) < len(values) else ""
+    if not len(good):
+        return f"no value in {len(values)} seeds"
+    f = f"{{:.{digits}g}}".format
+    return f"{f(np.median(good))} [{f(good.min())}, {f(good.max())}], {len(values)} seeds{lost}"
+
+
+def print_claims(claims):
+    words = {True: "holds", False: "FALSE", None: "open"}
+    for c in claims:
+        print(f"{words[c['holds']]:7} {c['id']}: {c['statement']}   measured {c['measured']}")
+
+
+# ---- Figures --------------------------------------------------------------------------------------------------------
+
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]  # Okabe & Ito 2008
+
+
+def panels(count, title, flags, columns=2, size=(5.4, 3.7)):
+    """A figure with `count` axes in a grid, a title, and the flags in small print. Returns (figure, list of axes)."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows + .5), squeeze=False,
+                                layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    figure.supxlabel(f"{experiment(flags)} {shorthand(flags)}  steps={flags.steps} runs={flags.runs} seed={flags.seed}",
+                     fontsize=6, color="grey")
+    axes = list(axes.flat)
+    for ax in axes[count:]:
+        ax.set_axis_off()
+    for ax in axes[:count]:
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes[:count]
+
+
+def band(ax, x, y, label, colour):
+    """Median and interquartile band over runs of y [T, R], thin single runs behind; diverged runs left out and named."""
+    y = np.asarray(y, float)
+    good = np.isfinite(y[-1]) if len(y) else np.ones(y.shape[1], bool)
+    lost = f", {np.sum(~good)} of {len(good)} diverged" if not good.all() else ""
+    y = y[:, good]
+    if not y.size:
+        return
+    ax.plot(x, y, color=colour, lw=.5, alpha=.3)
+    ax.fill_between(x, *np.nanquantile(y, [.25, .75], axis=1), color=colour, alpha=.2, lw=0)
+    ax.plot(x, np.nanmedian(y, axis=1), color=colour, lw=1.6, label=f"{label} ({y.shape[1]} run{'s' * (y.shape[1] > 1)}{lost})")
+
+
+def shelf(ax, y, text, colour="grey"):
+    """A dashed horizontal line with its name: a floor, a shelf, chance."""
+    ax.axhline(y, color=colour, ls="--", lw=.8, zorder=1)
+    ax.annotate(text, (1, y), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=6.5, color=colour)
+
+
+def smooth(y, width):
+    """Running mean along axis 0 over the last `width` entries (fewer at the start)."""
+    total = np.cumsum(np.concatenate([np.zeros_like(y[:1]), y]), 0)
+    i = np.arange(1, len(y) + 1)
+    low = np.maximum(i - width, 0)
+    return (total[i] - total[low]) / (i - low).reshape(-1, *[1] * (y.ndim - 1))
+
+
+# ---- The command line of a script -----------------------------------------------------------------------------------
+
+def main(cls, studies, argv=None):
+    """Run a script. studies: {name: (compute, judge, {figure name: draw})} with compute(flags, folder) -> arrays,
+    judge(arrays, flags) -> claims, draw(arrays, flags) -> figure. Returns the exit status: 0, 2 for a mistake that the
+    user can mend, 130 after Ctrl-C."""
+    start = time.perf_counter()
+    script = sys.modules[cls.__module__].__file__
+    try:
+        flags = cli(cls, argv)
+        compute, judge, figures = studies[flags.study]
+        unknown = set(flags.figures) - set(figures)
+        if unknown:
+            raise Stop(f"--figures {sorted(unknown)[0]}: the study {flags.study} draws {', '.join(figures)}")
+        torch.set_num_threads(flags.threads)
+        path = folder_path(flags)
+        with locked(path), contextlib.ExitStack() as ending:
+            folder = open_folder(path, flags, script)
+            if folder is None:
+                return 0
+            ending.enter_context(interruptible(folder))
+            if flags.plot_only:
+                arrays = folder.read_npz("arrays.npz")
+            else:
+                arrays = {k: np.asarray(v) for k, v in compute(flags, folder).items()}
+                folder.write_npz("arrays.npz", arrays)
+            claims = judge(arrays, flags)
+            for name, draw in figures.items():
+                if not flags.figures or name in flags.figures:
+                    save_figure(folder, name, draw(arrays, flags))
+            if not flags.plot_only:
+                folder.finish(claims=claims, wall=time.perf_counter() - start)
+            print_claims(claims)
+            lost = sum(row["diverged"] for row in folder.rows)
+            if lost:
+                print(f"{lost} of {len(folder.rows)} runs diverged: marked in summary.csv, left out of medians")
+            print(f"{folder.path}  ({time.perf_counter() - start:.0f} s)")
+            if folder.interrupted:
+                arguments = [a for a in (sys.argv[1:] if argv is None else argv) if a not in ("--resume", "--force")]
+                print(f"stopped; go on with: python {Path(script).name} {' '.join([*arguments, '--resume'])}")
+                return 130
+        return 0
+    except Stop as stop:
+        print(f"{Path(script).name}: {stop}", file=sys.stderr)
+        return 2
+    except (torch.OutOfMemoryError, MemoryError):
+        print(f"{Path(script).name}: out of memory; lower --runs or --batch", file=sys.stderr)
+        return 2
+
+
+@contextlib.contextmanager
+def interruptible(folder):
+    """Ctrl-C or SIGTERM asks the training loop to save and stop; a second Ctrl-C stops at once."""
+    def ask(number, frame):
+        if folder.interrupted:
+            raise KeyboardInterrupt
+        folder.interrupted = True
+        print("\nstopping after this chunk (again: at once)", flush=True)
+    try:
+        old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread
+        old = {}
+    try:
+        yield
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
+
+
+def save_figure(folder, name, figure):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    plt.close(figure)
+    folder.write(f"{name}.png", buffer.getvalue())
+
+
+def compare(paths):
+    """Print what differs between run folders: flags, then medians of the final metrics."""
+    tables = []
+    for path in paths:
+        folder = Folder(path, types.SimpleNamespace())
+        settings, summary = folder.read_json("config.json"), folder.read_json("summary.json")
+        metrics = {}
+        for row in summary["runs"]:
+            for k, v in row.items():
+                if isinstance(v, (int, float)) and not isinstance(v, bool) and k != "seed" and not row["diverged"]:
+                    metrics.setdefault(k, []).append(v)
+        tables.append(({k: str(v) for k, v in settings["flags"].items() if k not in HOW},
+                       {k: f"{np.median(v):.4g}" for k, v in metrics.items()}
+                       | {c["id"]: {True: "holds", False: "FALSE", None: "open"}[c["holds"]] for c in summary["claims"]}
+                       | {"runs": str(len(summary["runs"])), "run-steps/s": str(summary["run_steps_per_second"])}))
+    rows = [("", [Path(p).name for p in paths])]
+    for part, all_rows in ((0, False), (1, True)):
+        for key in dict.fromkeys(k for t in tables for k in t[part]):
+            cells = [t[part].get(key, "-") for t in tables]
+            if all_rows or len(set(cells)) > 1:
+                rows.append((key, cells))
+    widths = [max(len(r[1][i]) for r in rows) for i in range(len(paths))]
+    for key, cells in rows:
+        print(f"{key:32}", *(c.rjust(w) for c, w in zip(cells, widths)), sep="  ")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3 or sys.argv[1] != "compare":
+        sys.exit("usage: python common.py compare RUN RUN ...")
+    try:
+        compare(sys.argv[2:])
+    except Stop as stop:
+        print(f"common.py: {stop}", file=sys.stderr)
+        sys.exit(2)

@@ -2,7 +2,8 @@
 
 flags from a dataclass; runs and their groups; random streams; pure optimisers; `Fused`, which turns the step of one run
 into the step of many; the run folder (atomic, locked, checksummed, resumable); claims; figures; and `main`, which puts a
-script's studies on the command line. `python common.py compare RUN RUN ...` tabulates how finished runs differ.
+script's studies on the command line. `python common.py compare RUN RUN ...` tabulates how finished runs differ,
+`python common.py claims RUN ...` what they say about the notes.
 
 No model, no data law and no experiment's name is in here."""
 import argparse
@@ -358,7 +359,7 @@ class Fused:
         self.step = self.eager = self.batched(step)
         self.compile_seconds = 0.
         self.compiled, self.why = self.decide(flags, example, steps) if compiled is None else (compiled, "as before")
-        if self.compiled:
+        if self.compiled and steps:
             self.build(example)
 
     def batched(self, step):
@@ -404,6 +405,7 @@ class Fused:
         try:
             # dynamic=False: one shape, so that every run of every block goes through the same kernels
             mode = dict(mode="reduce-overhead") if self.at.type == "cuda" else {}
+            torch._dynamo.reset()  # else the ninth program of a process is refused as the ninth version of the first
             step = torch.compile(self.eager, fullgraph=True, dynamic=False, **mode)
             step(*self.first(example))
             self.step = step
@@ -466,7 +468,7 @@ class Folder:
     def __init__(self, path, flags, parent=None):
         self.path, self.flags, self.parent = Path(path), flags, parent
         self.rows, self.seconds, self.run_steps, self.compiled = [], 0., 0, []
-        self.interrupted = False
+        self.stop = parent.stop if parent else [False]  # shared by a folder and its groups: set by Ctrl-C
         self.saved = time.monotonic()
         self.sums = {}
         if (self.path / "checksums.json").exists():
@@ -480,10 +482,17 @@ class Folder:
         """Folder of shape group i: this one if there is only one group."""
         if count == 1:
             return self
-        folder = Folder(self.path / f"group{i}", self.flags, parent=self)
+        return self.scratch(f"group{i}")
+
+    def scratch(self, name):
+        """A folder inside this one for a run that serves another; it has no row in the summary."""
+        folder = Folder(self.path / name, self.flags, parent=self)
         folder.path.mkdir(exist_ok=True)
-        folder.interrupted = self.interrupted
         return folder
+
+    @property
+    def interrupted(self):
+        return self.stop[0]
 
     # -- bytes in and out
     def write(self, name, data):
@@ -566,7 +575,6 @@ class Folder:
         if self.parent:
             self.parent.compiled.append(self.compiled[-1])
             self.parent.seconds, self.parent.run_steps = self.parent.seconds + seconds, self.parent.run_steps + steps * len(runs)
-            self.parent.interrupted = self.parent.interrupted or self.interrupted
 
     def result(self, runs, metrics, final, steps=None):
         """Save metrics.npz and one row per run: seed, swept fields, diverged, final metrics {name: [R]}."""
@@ -747,10 +755,12 @@ def spread(values, digits=3):
     return f"{f(np.median(good))} [{f(good.min())}, {f(good.max())}], {len(values)} seeds{lost}"
 
 
+VERDICTS = {True: "holds", False: "FALSE", None: "open"}
+
+
 def print_claims(claims):
-    words = {True: "holds", False: "FALSE", None: "open"}
     for c in claims:
-        print(f"{words[c['holds']]:7} {c['id']}: {c['statement']}   measured {c['measured']}")
+        print(f"{VERDICTS[c['holds']]:7} {c['id']}: {c['statement']}   measured {c['measured']}")
 
 
 # ---- Figures --------------------------------------------------------------------------------------------------------
@@ -858,7 +868,7 @@ def interruptible(folder):
     def ask(number, frame):
         if folder.interrupted:
             raise KeyboardInterrupt
-        folder.interrupted = True
+        folder.stop[0] = True
         print("\nstopping after this chunk (again: at once)", flush=True)
     try:
         old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -891,7 +901,7 @@ def compare(paths):
                     metrics.setdefault(k, []).append(v)
         tables.append(({k: str(v) for k, v in settings["flags"].items() if k not in HOW},
                        {k: f"{np.median(v):.4g}" for k, v in metrics.items()}
-                       | {c["id"]: {True: "holds", False: "FALSE", None: "open"}[c["holds"]] for c in summary["claims"]}
+                       | {c["id"]: VERDICTS[c["holds"]] for c in summary["claims"]}
                        | {"runs": str(len(summary["runs"])), "run-steps/s": str(summary["run_steps_per_second"])}))
     rows = [("", [Path(p).name for p in paths])]
     for part, all_rows in ((0, False), (1, True)):
@@ -904,11 +914,21 @@ def compare(paths):
         print(f"{key:32}", *(c.rjust(w) for c, w in zip(cells, widths)), sep="  ")
 
 
+def ledger(paths):
+    """Print the claims of finished runs as a markdown table."""
+    print("| claim | statement | expected | measured | verdict |\n| --- | --- | --- | --- | --- |")
+    for path in paths:
+        for c in Folder(path, types.SimpleNamespace()).read_json("summary.json")["claims"]:
+            cells = c["id"], c["statement"], c["expected"], c["measured"], VERDICTS[c["holds"]]
+            print("|", " | ".join(str(x).replace("|", "\\|") for x in cells), "|")
+
+
 if __name__ == "__main__":
-    if len(sys.argv) < 3 or sys.argv[1] != "compare":
-        sys.exit("usage: python common.py compare RUN RUN ...")
+    commands = {"compare": compare, "claims": ledger}
+    if len(sys.argv) < 3 or sys.argv[1] not in commands:
+        sys.exit("usage: python common.py compare|claims RUN RUN ...")
     try:
-        compare(sys.argv[2:])
+        commands[sys.argv[1]](sys.argv[2:])
     except Stop as stop:
         print(f"common.py: {stop}", file=sys.stderr)
         sys.exit(2)

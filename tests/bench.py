@@ -1,0 +1,177 @@
+"""How much faster than a notebook? A benchmark, not a test: `python tests/bench.py [--only addition] [--seconds 2]`.
+
+A workload is trained twice from the same parameters on the same data: by a loop as a notebook has it (nn.Module,
+torch.optim, one run after the other, every position computed, loss.item() each step), and by the experiment's own step,
+batched over runs and compiled. Both draw their data inside the timed part. First their losses are compared: a ratio of
+two different computations would mean nothing. Then they alternate, in one process on one thread, so that a slow spell
+of the machine hits both. A ratio is the median over these pairs, in brackets the lowest and the highest. Compile
+seconds are those of an empty compiler cache, which is what a first run costs; later runs start from the cache."""
+import argparse
+import datetime
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+CACHE = tempfile.TemporaryDirectory(prefix="bench-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = CACHE.name
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+import exp_addition
+
+# ---- Measuring ------------------------------------------------------------------------------------------------------
+
+
+def clock(f, *arguments):
+    start = time.perf_counter()
+    f(*arguments)
+    return time.perf_counter() - start
+
+
+def agree(name, notebook, ours, tolerance=1e-4):
+    """Abort unless the first three steps of every run have the same losses in both."""
+    a, b = notebook(3), ours(3)
+    gap = (a - b).abs().max().item()
+    if not gap <= tolerance:
+        raise SystemExit(f"{name}: the losses of notebook and ours differ by {gap:.2g}\n{a}\n{b}")
+
+
+def row(name, runs, notebook, fused, draw, repeats, seconds):
+    """One line of the table. notebook(n): losses [n, R] of n steps of each run; draw(n): data [n, R, ..] for fused."""
+    ours = lambda n: fused(draw(n))["loss"]
+    agree(name, notebook, ours)
+    long = lambda f, n: max(n, round(n * seconds / clock(f, n)))  # steps that take about `seconds`
+    chunks = lambda n: [ours(common.CHUNK) for _ in range(n)]
+    notebook(5), ours(5)  # warm
+    steps, count = long(notebook, 2), long(chunks, 1)
+    a, b = [], []
+    for _ in range(repeats):
+        a.append(1e3 * clock(notebook, steps) / (steps * runs))
+        b.append(1e3 * clock(chunks, count) / (count * common.CHUNK * runs))
+    ratios = [x / y for x, y in zip(a, b)]
+    return (f"| {name} | {runs} | {statistics.median(a):.3g} | {statistics.median(b):.3g} | {statistics.median(ratios):.1f} "
+            f"[{min(ratios):.1f}, {max(ratios):.1f}] | {fused.compile_seconds:.0f} |")
+
+
+# ---- Addition -------------------------------------------------------------------------------------------------------
+
+class AdditionModel(nn.Module):
+    """One layer, causal attention, ReLU MLP; no norm, no bias in the attention, untied embeddings."""
+
+    def __init__(self, vocab, positions, d, heads):
+        super().__init__()
+        matrix = lambda *shape, scale=d ** -.5: nn.Parameter(torch.randn(shape) * scale)
+        self.heads = heads
+        self.W_E, self.W_pos, self.W_U = matrix(vocab, d), matrix(positions, d), matrix(d, vocab, scale=vocab ** -.5)
+        self.W_Q, self.W_K, self.W_V, self.W_O = (matrix(d, d) for _ in range(4))
+        self.W_in, self.b_in = matrix(d, 4 * d), nn.Parameter(torch.zeros(4 * d))
+        self.W_out, self.b_out = matrix(4 * d, d), nn.Parameter(torch.zeros(d))
+
+    def forward(self, tokens):
+        x = self.W_E[tokens] + self.W_pos
+        B, T, d = x.shape
+        split = lambda y: y.view(B, T, self.heads, d // self.heads).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(split(x @ self.W_Q), split(x @ self.W_K), split(x @ self.W_V), is_causal=True)
+        x = x + mixed.transpose(1, 2).reshape(B, T, d) @ self.W_O
+        x = x + F.relu(x @ self.W_in + self.b_in) @ self.W_out + self.b_out
+        return x @ self.W_U
+
+
+def addition_loss(flags, model, ab):
+    """Cross-entropy at `=` (study all: of the whole answer, fed back) from digits ab [2D, batch]."""
+    D, base = flags.digits, flags.base
+    a, b = ab.T.long().split(D, 1)
+    place = base ** torch.arange(D - 1, -1, -1)
+    total = ((a + b) * place).sum(1, keepdim=True)
+    sign = lambda token: torch.full((len(a), 1), token)
+    tokens = torch.cat([a, sign(base), b, sign(base + 1)], 1)
+    if flags.study != "all":
+        return F.cross_entropy(model(tokens)[:, -1], total[:, 0] // base ** flags.digit % base)
+    answer = total // base ** torch.arange(D, -1, -1) % base
+    logits = model(torch.cat([tokens, answer[:, :-1]], 1))
+    return F.cross_entropy(logits[:, 2 * D + 1:].flatten(0, 1), answer.flatten())
+
+
+def addition_row(name, repeats, seconds, runs=1, **fields):
+    """warmup=1 is a constant learning rate, which is what a notebook starts with."""
+    flags = exp_addition.Flags(study=fields.pop("study", "digit"), sweep=[], warmup=1., compile="on", device="cpu", **fields)
+    each = [exp_addition.replace(flags, seed=r, runs=1) for r in range(runs)]
+    for run in each:
+        run.check()
+
+    models = [AdditionModel(flags.vocab, flags.positions, flags.d_model, flags.n_heads) for _ in each]
+    for model, run in zip(models, each):
+        model.load_state_dict(exp_addition.start(run)["params"])
+    optimisers = [torch.optim.AdamW(m.parameters(), lr=flags.lr, betas=(flags.beta1, flags.beta2), eps=flags.eps,
+                                    weight_decay=flags.weight_decay) for m in models]
+    streams = lambda: [common.generator(run.seed, "train") for run in each]
+    theirs, mine = streams(), streams()
+
+    def notebook(steps):
+        losses = torch.zeros(steps, runs)
+        for r, (model, optimiser, stream) in enumerate(zip(models, optimisers, theirs)):
+            for step in range(steps):
+                loss = addition_loss(flags, model, exp_addition.sample(flags, stream, flags.batch))
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                losses[step, r] = loss.item()
+        return losses
+
+    def draw(steps):
+        return torch.stack([exp_addition.sample(flags, stream, steps, flags.batch) for stream in mine], 1)
+
+    state = common.stack(exp_addition.start(run) for run in each)
+    example = torch.zeros(runs, 2 * flags.digits, flags.batch, dtype=torch.uint8)
+    fused = common.Fused(exp_addition.step_of(flags), state, common.numbers(each), example, flags, common.CHUNK)
+    if not fused.compiled:
+        raise SystemExit(f"{name}: {fused.why}")
+    return row(name, runs, notebook, fused, draw, repeats, seconds)
+
+
+# ---- The table: experiment -> workloads, each a function (repeats, seconds) -> a line ------------------------------------
+
+ROWS = {
+    "addition": [
+        lambda *a: addition_row("addition 128/4, batch 256", *a, d_model=128, n_heads=4),
+        lambda *a: addition_row("addition 16/4, batch 256", *a, d_model=16, n_heads=4),
+        lambda *a: addition_row("addition 16/4, batch 256", *a, d_model=16, n_heads=4, runs=4),
+        lambda *a: addition_row("addition 2/2, batch 256", *a, d_model=2, n_heads=2, runs=64),
+        lambda *a: addition_row("addition 128/4, all digits, teacher, batch 64", *a, study="all", d_model=128, n_heads=4, batch=64),
+    ],
+}
+
+
+def processor():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=list(ROWS), help="one experiment")
+    parser.add_argument("--seconds", type=float, default=2., help="seconds per measurement [2]")
+    parser.add_argument("--repeats", type=int, default=7, help="pairs of measurements [7]")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print("| workload | runs | notebook, ms per run-step | ours, ms per run-step | ratio | compile, s |")
+    print("| --- | --: | --: | --: | --: | --: |")
+    for experiment in [arguments.only] if arguments.only else ROWS:
+        for measure in ROWS[experiment]:
+            print(measure(arguments.repeats, arguments.seconds), flush=True)
+    print(f"\n{processor()}, one thread; {datetime.date.today()}; torch {torch.__version__}")
+
+
+if __name__ == "__main__":
+    main()

@@ -19,6 +19,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,6 @@ import sys
 import time
 import types
 import typing
-import zipfile
 from pathlib import Path
 from typing import Literal
 
@@ -119,17 +119,21 @@ def parse(text, kind):
     return text
 
 
+def refuse(message):
+    raise Stop(message)
+
+
 def cli(cls, argv=None):
     """Flags from the command line. Precedence: argv, then --smoke, then the study, then the field's default."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    argv = [re.sub(r"^--[\w-]+", lambda m: m[0].replace("_", "-"), a) for a in argv]
+    given_argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [re.sub(r"^--[\w-]+", lambda m: m[0].replace("_", "-"), a) for a in given_argv]
     fields = {f.name: f for f in dataclasses.fields(cls)}
     kinds = typing.get_type_hints(cls)
     parser = argparse.ArgumentParser(prog=f"python {Path(sys.modules[cls.__module__].__file__).name}",
                                      description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS, exit_on_error=False)
-    parser.error = lambda message: (_ for _ in ()).throw(Stop(message))
+    parser.error = refuse
     common = {f.name for f in dataclasses.fields(Flags)} - {"study", "steps"}
     groups = {False: parser.add_argument_group("experiment"), True: parser.add_argument_group("running")}
     for name, field in fields.items():
@@ -158,8 +162,7 @@ def cli(cls, argv=None):
             explicit[name] = parse(value, kinds[name]) if isinstance(value, str) else value
         except Stop as stop:
             raise Stop(f"--{name.replace('_', '-')}: {stop}") from None
-    study = explicit.get("study", fields["study"].default)
-    defaults = cls.per_study.get(study, {}) | (cls.per_study.get("smoke", {}) if explicit.get("smoke") else {})
+    defaults = study_defaults(cls, explicit.get("study", fields["study"].default), explicit.get("smoke"))
     flags = cls(**{**defaults, **explicit})
     if "sweep" not in explicit:  # a study's own sweep gives way to a flag that fixes the same field
         flags.sweep = [s for s in flags.sweep if s.split("=")[0] not in explicit]
@@ -172,6 +175,9 @@ def cli(cls, argv=None):
         raise Stop("--device cuda: torch sees no CUDA device; use --device cpu")
     if flags.device == "mps" and not torch.backends.mps.is_available():
         raise Stop("--device mps: torch sees no MPS device; use --device cpu")
+    if flags.plot_only and flags.force:
+        raise Stop("--plot-only draws what --force would delete: give one of them")
+    flags.argv = given_argv
     groups_of_runs(flags)  # every run's flags are checked before anything is written
     return flags
 
@@ -181,9 +187,14 @@ def device(flags):
     return torch.device({"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(flags.device, flags.device))
 
 
+def study_defaults(cls, study, smoke):
+    """The defaults that a study, and --smoke on top of it, put in the place of the fields' own."""
+    return cls.per_study.get(study, {}) | (cls.per_study.get("smoke", {}) if smoke else {})
+
+
 def shorthand(flags):
     """Name of a run from the flags that were changed, such as digit_d_model64_lr3e-3."""
-    defaults = type(flags)(**type(flags).per_study.get(flags.study, {}))
+    defaults = type(flags)(**study_defaults(type(flags), flags.study, flags.smoke))
     words = [flags.study] if flags.study else []
     for f in dataclasses.fields(flags):
         value = getattr(flags, f.name)
@@ -191,7 +202,9 @@ def shorthand(flags):
             if isinstance(value, bool):
                 words.append(f.name if value else f"no_{f.name}")
             else:
-                text = " ".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else value
+                text = " ".join(value) if isinstance(value, list) else value
+                if isinstance(value, float):  # 0.25, but 3e-3
+                    text = min(f"{value:g}", np.format_float_scientific(value, trim="-", exp_digits=1), key=len)
                 words.append(f"{f.name}{text}")
     name = re.sub(r"[^\w.,=+-]", "-", "_".join(words)) or "default"
     return name if len(name) < 100 else f"{name[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
@@ -245,9 +258,9 @@ def groups_of_runs(flags, points=None):
 
 def numbers(runs):
     """{field: tensor [R]} of every number field of the runs: what a step receives beside state and batch."""
-    at = device(runs[0])
+    at, kinds = device(runs[0]), typing.get_type_hints(type(runs[0]))
     return {f.name: torch.tensor([getattr(r, f.name) for r in runs], device=at,
-                                 dtype=torch.float32 if isinstance(getattr(runs[0], f.name), float) else torch.int32)
+                                 dtype=torch.float32 if kinds[f.name] is float else torch.int32)
             for f in dataclasses.fields(runs[0]) if f.metadata["number"]}
 
 
@@ -295,8 +308,7 @@ def adamw(params, grads, state, lr, weight_decay=0., beta1=.9, beta2=.999, eps=1
 
 def sgd_init(params):
     """Zero velocity and step count for `sgd`."""
-    state = adam_init(params)
-    return {"m": state["m"], "t": state["t"]}
+    return {k: v for k, v in adam_init(params).items() if k != "v"}
 
 
 def sgd(params, grads, state, lr, momentum=0., weight_decay=0.):
@@ -361,6 +373,8 @@ class Fused:
         self.compiled, self.why = self.decide(flags, example, steps) if compiled is None else (compiled, "as before")
         if self.compiled and steps:
             self.build(example)
+        if compiled is None:
+            print(f"{'compiled' if self.compiled else 'eager'} ({self.why})", flush=True)
 
     def batched(self, step):
         """step of one run -> in-place step of one block."""
@@ -373,8 +387,7 @@ class Fused:
 
         def update(state, batch, numbers):
             new, logs = many(state, batch, numbers)
-            for old, value in zip(leaves(state), leaves(new)):
-                old.copy_(value)
+            tree(lambda old, value: old.copy_(value), state, new)
             return logs
         return update
 
@@ -498,7 +511,7 @@ class Folder:
     def write(self, name, data):
         """Write bytes under a name: first the checksum (beside the old one), then the file by rename, so that a crash
         between the two leaves a file that is still accepted."""
-        self.sums[name] = ([self.sums[name][-1]] if name in self.sums else []) + [sha(data)]
+        self.sums[name] = self.sums.get(name, []) + [sha(data)]
         try:
             for target, content in (("checksums.json", json.dumps(self.sums, indent=1).encode()), (name, data)):
                 temporary = self.path / f".{target}.tmp"
@@ -507,6 +520,7 @@ class Folder:
                     f.flush()
                     os.fsync(f.fileno())
                 os.replace(temporary, self.path / target)
+            self.sums[name] = self.sums[name][-1:]
         except OSError as error:
             raise Stop(f"cannot write {self.path / name}: {error.strerror}; what was saved before is untouched") from None
 
@@ -525,7 +539,7 @@ class Folder:
         return (self.path / name).exists()
 
     def write_json(self, name, value):
-        self.write(name, (json.dumps(value, indent=1, default=plain) + "\n").encode())
+        self.write(name, (json.dumps(finite(value), indent=1, default=plain) + "\n").encode())
 
     def read_json(self, name):
         try:
@@ -542,16 +556,15 @@ class Folder:
         return read_npz(io.BytesIO(self.read(name)), self.path / name)
 
     # -- checkpoints
-    def checkpoint(self, state, step, log, snapshots=None, force=False):
-        """Save the state of all runs (state is a function, called if it is time), {"params", "optimiser", "step"}, and
-        the metrics so far (log: {name: list of tensors}), every --save-every seconds, when forced, and on Ctrl-C."""
+    def checkpoint(self, fused, step, log, snapshots, force=False):
+        """Save the state of all runs, {"params", "optimiser", "step"}, and the metrics so far (log: {name: list of
+        tensors}), every --save-every seconds, when forced, and on Ctrl-C."""
         if not (force or self.interrupted or time.monotonic() - self.saved > self.flags.save_every):
             return
-        buffer, state = io.BytesIO(), state()
+        buffer, state = io.BytesIO(), fused.state()
         torch.save({"params": state["params"], "optimiser": {k: v for k, v in state.items() if k != "params"},
                     "step": step, "metrics": {k: torch.cat(v) for k, v in log.items()},
-                    "snapshots": snapshots or {}, "compiled": bool(self.compiled and self.compiled[-1]["compiled"])},
-                   buffer)
+                    "snapshots": snapshots, "compiled": fused.compiled}, buffer)
         self.write("checkpoint.pt", buffer.getvalue())
         self.saved = time.monotonic()
 
@@ -559,7 +572,7 @@ class Folder:
         """The checkpoint of this folder as a dict, or None where there is none (says so under --resume).
         like: a state of the expected shapes."""
         if not self.has("checkpoint.pt"):
-            if self.flags.resume and not self.parent:
+            if self.flags.resume:
                 print(f"nothing to resume in {self.path}: starting afresh")
             return None
         saved = load_checkpoint(self.path / "checkpoint.pt", self.read("checkpoint.pt"))
@@ -576,10 +589,10 @@ class Folder:
             self.parent.compiled.append(self.compiled[-1])
             self.parent.seconds, self.parent.run_steps = self.parent.seconds + seconds, self.parent.run_steps + steps * len(runs)
 
-    def result(self, runs, metrics, final, steps=None):
+    def result(self, runs, metrics, final):
         """Save metrics.npz and one row per run: seed, swept fields, diverged, final metrics {name: [R]}."""
         fields = [f.name for f in dataclasses.fields(runs[0]) if f.name not in HOW and f.name != "seed"
-                  and any(getattr(r, f.name) != getattr(self.flags, f.name) for r in runs + [runs[0]])
+                  and (f.name in swept(self.flags) or any(getattr(r, f.name) != getattr(self.flags, f.name) for r in runs))
                   and f.name not in ("runs", "sweep")]
         rows = []
         for i, run in enumerate(runs):
@@ -606,6 +619,15 @@ class Folder:
         self.write_json("config.json", config(self.flags, self.compiled, finished=not self.interrupted))
 
 
+def finite(x):
+    """x with null for every NaN and infinity: JSON has neither."""
+    if isinstance(x, dict):
+        return {k: finite(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [finite(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
 def plain(value):
     """numpy and torch scalars for json."""
     return value.item() if hasattr(value, "item") else str(value)
@@ -616,7 +638,7 @@ def read_npz(source, name):
     try:
         with np.load(source, allow_pickle=False) as z:
             return {k: z[k] for k in z.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError, MemoryError) as error:
+    except Exception as error:  # numpy, zipfile and zlib raise whatever the bytes lead them to
         raise Stop(f"{name} is not a readable npz file ({type(error).__name__})") from None
 
 
@@ -655,7 +677,7 @@ def config(flags, compiled=(), finished=False):
     """What config.json holds."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent) \
         if shutil.which("git") else None
-    return dict(experiment=experiment(flags), flags=dataclasses.asdict(flags), argv=sys.argv[1:], finished=finished,
+    return dict(experiment=experiment(flags), flags=dataclasses.asdict(flags), argv=flags.argv, finished=finished,
                 versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                               matplotlib=matplotlib.__version__),
                 device=str(device(flags)), machine=platform.machine(), threads=flags.threads, chunk=CHUNK,
@@ -673,15 +695,21 @@ def locked(path):
     with open(path / ".lock", "a") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise Stop(f"another process works in {path}; wait for it or give --name") from None
         yield
+
+
+def ours(path):
+    """Whether a folder is empty or made by this project, whose first file is checksums.json."""
+    names = {p.name for p in path.iterdir() if p.suffix != ".tmp"}
+    return names <= {".lock"} or "checksums.json" in names and bool(names & {".lock", "script.py"})
 
 
 def folder_path(flags):
     """Where this run lives; made if need be, so that it can be locked."""
     path = Path(flags.out) if flags.out else Path("runs") / experiment(flags) / (flags.name or shorthand(flags))
-    if path.is_dir() and any(path.iterdir()) and not any((path / n).exists() for n in ("config.json", ".lock")):
+    if path.is_dir() and not ours(path):
         raise Stop(f"{path} exists and is no run folder of this project; give another --out or --name")
     if flags.plot_only and not (path / "config.json").exists():
         raise Stop(f"{path} holds no run to draw; run the same command without --plot-only first")
@@ -699,7 +727,7 @@ def open_folder(path, flags, script):
     if flags.force:
         for item in path.iterdir():
             if item.name != ".lock":
-                shutil.rmtree(item) if item.is_dir() else item.unlink()
+                shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
     folder = Folder(path, flags)
     if folder.has("config.json"):
         old = folder.read_json("config.json")
@@ -713,26 +741,29 @@ def open_folder(path, flags, script):
             return folder
         changed = [n for n, data in code.items() if not folder.has(n) or folder.read(n) != data]
         unfinished = not old.get("finished")
-        if changed and (not unfinished or folder.has("checkpoint.pt")):
+        started = any(path.rglob("checkpoint.pt"))
+        if changed and (started or not unfinished):
             raise Stop(f"{' and '.join(changed)} changed since {path} was made: --force to redo, --name for a new folder")
         if not unfinished:
             print(f"finished already: {path}  (--force to do it again, --plot-only to redraw)")
             return None
-        started = any(path.rglob("checkpoint.pt"))
         if started and not flags.resume:
             raise Stop(f"{path} holds an unfinished run: --resume to go on, --force to start again")
+    folder.write_json("config.json", config(flags))
     for name, data in code.items():
         folder.write(name, data)
-    folder.write_json("config.json", config(flags))
     return folder
 
 
 # ---- Claims ---------------------------------------------------------------------------------------------------------
 
-def claim(id, statement, source, expected, measured, holds):
-    """One sentence and its verdict: holds is True, False, or None where this run cannot tell."""
-    return dict(id=id, statement=statement, source=source, expected=expected, measured=measured,
-                holds=None if holds is None else bool(holds))
+def claim(id, statement, source, expected, measured, agree, enough=True):
+    """One sentence and its verdict. measured: one number per run, or text; agree: whether each run agrees (then `vote`
+    decides) or a bool; the verdict is None where agree is None or not `enough` was run."""
+    holds = vote(agree) if isinstance(agree, (list, np.ndarray)) else agree
+    return dict(id=id, statement=statement, source=source, expected=expected,
+                measured=measured if isinstance(measured, str) else spread(measured),
+                holds=None if holds is None or not enough else bool(holds))
 
 
 def vote(agree, least=3):
@@ -806,7 +837,7 @@ def shelf(ax, y, text, colour="grey"):
 
 def smooth(y, width):
     """Running mean along axis 0 over the last `width` entries (fewer at the start)."""
-    total = np.cumsum(np.concatenate([np.zeros_like(y[:1]), y]), 0)
+    total = np.cumsum(np.concatenate([np.zeros_like(y[:1]), y]), 0, dtype=float)
     i = np.arange(1, len(y) + 1)
     low = np.maximum(i - width, 0)
     return (total[i] - total[low]) / (i - low).reshape(-1, *[1] * (y.ndim - 1))
@@ -850,15 +881,20 @@ def main(cls, studies, argv=None):
                 print(f"{lost} of {len(folder.rows)} runs diverged: marked in summary.csv, left out of medians")
             print(f"{folder.path}  ({time.perf_counter() - start:.0f} s)")
             if folder.interrupted:
-                arguments = [a for a in (sys.argv[1:] if argv is None else argv) if a not in ("--resume", "--force")]
-                print(f"stopped; go on with: python {Path(script).name} {' '.join([*arguments, '--resume'])}")
+                arguments = [a for a in flags.argv if a not in ("--resume", "--force")]
+                print(f"stopped; go on with: python {Path(script).name} {shlex.join([*arguments, '--resume'])}")
                 return 130
         return 0
     except Stop as stop:
         print(f"{Path(script).name}: {stop}", file=sys.stderr)
         return 2
-    except (torch.OutOfMemoryError, MemoryError):
-        print(f"{Path(script).name}: out of memory; lower --runs or --batch", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"{Path(script).name}: stopped at once; what was saved before can be resumed", file=sys.stderr)
+        return 130
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError; so is the CPU's
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+            raise
+        print(f"{Path(script).name}: out of memory; lower --runs, or the sizes (such as --batch)", file=sys.stderr)
         return 2
 
 

@@ -1,11 +1,22 @@
 """How does a one-layer transformer add numbers, and which digit does it learn when?
 
 Law: a and b have D digits, i.i.d. uniform in 0..base-1, most significant first; a + b = sum_k z_k base^k. Input
-`a_{D-1} .. a_0 + b_{D-1} .. b_0 =`, target z_k (`--digit k`: 0 units, 1 tens, .., D leading carry), read at `=`; with
-`--study all` every digit at once. With n_k = a_k + b_k mod base and c_k the carry into column k, z_k = n_k + c_k mod
-base: a model that reads its own column but no carry has the loss H(P(c_k)), -> log 2; one that reads nothing, log base.
+`a_{D-1} .. a_0 + b_{D-1} .. b_0 =`, target z_k (`--digit k`: 0 units, 1 tens, .., D leading carry), read at `=`. With
+n_k = (a_k + b_k) mod base and c_k the carry into column k, z_k = (n_k + c_k) mod base: a model that knows its own column
+but no carry has the loss H(c_k) (.688 nats for the tens, -> log 2), one that knows nothing log base. In `--study all`
+every digit is answered at once; `--answer teacher` feeds the true earlier digits, which leaks: where n_k = base - 1 the
+digit before tells the carry. `--answer parallel` feeds `=` instead.
 
-Claims are quoted from research notes of April 2023 ("which digits converge for which width, heads, weight decay?").
+    python exp_addition.py                                 units and tens at 128/4, 4 seeds: when does each leave its shelf?
+    python exp_addition.py --study anatomy --digit 0       how the units are added: attention, neurons, frequencies, ablations
+    python exp_addition.py --d-model 16 --n-heads 1 --sweep weight_decay=0,1 --steps 5000      a grid of one's own
+
+Studies: `digit` (default), `sweep` (a grid, or without --sweep every row of the notes' tables), `all`, `theory` (exact
+floors), `anatomy` (one-layer models taken apart, new ones or those of --checkpoint), `spikes` (what removes the repeated
+spike). arrays.npz: the keys are in the docstrings of `curves`, `compute_*`, `anatomy` and `fourier`; metrics.npz: loss,
+grad_norm [T, R] every step, eval_* [M, R, ...] at eval_step.
+
+Claims are quoted from research notes of 2023-04-18; "128/4" is d_model/n_heads. Model and optimiser are the notes'.
 """
 import itertools
 import math
@@ -61,8 +72,9 @@ class Flags(common.Flags):
         kind, _, index = self.probe.partition(":")
         if kind not in ("logit", "neuron", "head") or (kind == "logit") == bool(index) or index and not index.isdigit() or \
                 index and int(index) >= {"neuron": 4 * self.d_model, "head": self.n_heads}[kind]:
-            raise common.Stop(f"--probe {self.probe}: give logit, neuron:I below {4 * self.d_model} or head:I below {self.n_heads}")
-        if self.study in ("anatomy", "spikes", "digit", "sweep") and not 1 <= self.n_layers <= (1 if self.study == "anatomy" else 16):
+            raise common.Stop(f"--probe {self.probe}: give logit, neuron:I below {4 * self.d_model} or head:I below "
+                              f"{self.n_heads}")
+        if self.study == "anatomy" and self.n_layers > 1:
             raise common.Stop("--study anatomy takes one-layer models apart: --n-layers 1")
         if self.digit > self.digits:
             raise common.Stop(f"--digit {self.digit} must be at most --digits {self.digits} (the leading carry)")
@@ -372,8 +384,8 @@ def milestones(loss, blind):
 
 
 def resting_level(loss, top, bottom):
-    """Where each run of loss [T, R] rests on its way from `top` to `bottom`: [2, R], level and step of the 50 steps over which the
-    30-step mean moves least; NaN where the run does not pass."""
+    """Where each run of loss [T, R] rests on its way from `top` to `bottom`: [2, R], level and step of the 50 steps over
+    which the 30-step mean moves least; NaN where the run does not pass."""
     if len(loss) <= 50:
         return np.full((2, loss.shape[1]), np.nan)
     mean = common.smooth(loss, 30)
@@ -414,7 +426,8 @@ def evaluate_all(flags, params, ab):
     logits = watch(flags, params, ab)[0]
     right = logits.argmax(-1) == torch.stack(columns(ab, flags.base)[2][::-1], 1)
     losses = digit_losses(flags, logits, ab)
-    return {"loss": losses.mean(), "accuracy": right.float().mean(), "digit_loss": losses, "digit_accuracy": right.float().mean(0).flip(0)}
+    return {"loss": losses.mean(), "accuracy": right.float().mean(), "digit_loss": losses,
+            "digit_accuracy": right.float().mean(0).flip(0)}
 
 
 def flat(x, keep):
@@ -534,7 +547,8 @@ def fourier(flags, params):
     keep = diagonal.any(0)
     keep[0, 0] = True
     loss = lambda mask: nll(torch.fft.ifft2(power * mask[..., None, None], dim=(0, 1)).real, labels).mean()
-    out = {"restricted_loss": loss(keep), "excluded_loss": torch.stack([loss(~d) for d in diagonal]), "full_loss": nll(logits, labels).mean()}
+    out = {"restricted_loss": loss(keep), "excluded_loss": torch.stack([loss(~d) for d in diagonal]),
+           "full_loss": nll(logits, labels).mean()}
     spectrum = torch.fft.fft(params["W_E"][:base], dim=0).abs().square().sum(1)
     spectrum = torch.stack([spectrum[list({f, -f % base})].sum() for f in w.tolist()])
     out["embedding_spectrum"] = spectrum / spectrum.sum()
@@ -547,7 +561,8 @@ def fourier(flags, params):
     total = before.sum((0, 1)) - before[0, 0]
     nine = torch.stack([sum(before[i, j] for i in {0, f, -f % base} for j in {0, f, -f % base}) - before[0, 0]
                         for f in w.tolist()], -1)
-    return out | {"neuron_r2": torch.where(total > 1e-12, nine.T / total, 0.).T, "neuron_active": (neurons > 0).float().mean((0, 1, 2)),
+    return out | {"neuron_r2": torch.where(total > 1e-12, nine.T / total, 0.).T,
+                  "neuron_active": (neurons > 0).float().mean((0, 1, 2)),
                   "term_energy": torch.stack([terms(before.sum(-1), w), terms(after, w)])}
 
 
@@ -591,14 +606,16 @@ def anatomy(flags, params, ab):
     logits, seen = watch(flags, params, ab)
     score, fixed, _ = (x.mean(-1) for x in attend(params, ab, flags.n_heads))
     D = flags.digits
-    found = {"attention": torch.cat([score[:, :D], fixed[:, :1], score[:, D:], fixed[:, 1:]], 1), "ablation": ablations(flags, params, ab),
+    found = {"attention": torch.cat([score[:, :D], fixed[:, :1], score[:, D:], fixed[:, 1:]], 1),
+             "ablation": ablations(flags, params, ab),
              "cascade_loss": cascade_losses(flags, params), "gradient_input": gradient_input(flags, params, ab, flags.probe),
              "shortcuts": shortcuts(flags, params, ab), "place_similarity": place_similarity(flags, params),
              "delta_spectrum": evaluate(flags, params, ab)["delta"], **fourier(flags, params), **matrices(flags, params)}
     if "neurons" in seen:
         single, pairs = neuron_dependence(flags, seen["neurons"], ab)
         weight = seen["neurons"].var(0) / seen["neurons"].var(0).sum()
-        found |= {"neuron_dependence": single, "neuron_pairs": pairs, "dependence_mean": weight @ single, "pairs_mean": weight @ pairs}
+        found |= {"neuron_dependence": single, "neuron_pairs": pairs, "dependence_mean": weight @ single,
+                  "pairs_mean": weight @ pairs}
         group = single[:, -D:].flip(1).argmax(1)  # the column that a neuron depends on most, from the units up
         loss = lambda **change: digit_losses(flags, watch(flags, params, ab, **change)[0], ab)[flags.digit]
         found["ablation_group"] = torch.stack([loss(neurons=lambda x, c=c: flat(x, group != c)) for c in range(D)]) - loss()
@@ -690,7 +707,7 @@ def train(runs, folder, evaluate=evaluate):
         if b in eval_at or b in keep_at:
             look(b)
         progress(b, logs["loss"][-1].nanmedian().item())
-        folder.checkpoint(fused.state, b, log, snapshots, force=b == flags.steps)
+        folder.checkpoint(fused, b, log, snapshots, force=b == flags.steps)
         if folder.interrupted:
             break
     folder.trained(runs, fused, seconds, b - done)
@@ -699,7 +716,8 @@ def train(runs, folder, evaluate=evaluate):
 # ---- Figures --------------------------------------------------------------------------------------------------------
 
 DIGITS = ["units", "tens", "hundreds", "thousands"]
-BLUE, RED, GREEN = common.COLOURS[:3]
+BLUE, RED, GREEN, PINK, ORANGE = common.COLOURS[:5]
+STEPS = dict(xscale="log", xlabel="step (0 is drawn at 0.7)")  # axis settings of a development over training
 
 
 def digit_name(flags, k):
@@ -739,15 +757,16 @@ def draw_curves(arrays, flags):
 def draw_delta(arrays, flags):
     """Where the probability mass lies relative to the naive digit n = (a_k + b_k) mod base, over training and at the end."""
     parts = list(configurations(arrays, 2))
-    figure, axes = common.panels(2 * len(parts), "Where the answer lies: its distance from the naive digit n = (a_k + b_k) mod base", flags)
+    figure, axes = common.panels(2 * len(parts),
+                                 "Where the answer lies: its distance from the naive digit n = (a_k + b_k) mod base", flags)
     for row, (name, mine, k) in enumerate(parts):
         spectrum, x = arrays["eval_delta"][:, mine], np.maximum(arrays["eval_step"], .7)  # [M, R, carry, delta]
         carries = (0, 1) if k else (0,)  # no carry enters the units
         over, end = axes[2 * row:2 * row + 2]
-        for c, delta, colour in ((0, 0, BLUE), (0, 1, RED), (1, 0, GREEN), (1, 1, common.COLOURS[3])):
+        for c, delta, colour in ((0, 0, BLUE), (0, 1, RED), (1, 0, GREEN), (1, 1, PINK)):
             if c in carries:
                 common.band(over, x, spectrum[:, :, c, delta], f"P(n{' + 1' * delta} | carry {c})", colour)
-        over.set(xscale="log", ylim=(0, 1.02), xlabel="step (0 is drawn at 0.7)", ylabel="mean probability", title=f"{name}: over training")
+        over.set(**STEPS, ylim=(0, 1.02), ylabel="mean probability", title=f"{name}: over training")
         for c in carries:
             end.bar(np.arange(flags.base) + .4 * (c - .5), np.nanmedian(spectrum[-1, :, c], 0), .4, color=(BLUE, RED)[c],
                     label=f"carry {c}, median of {mine.sum()} runs")
@@ -769,7 +788,7 @@ def draw_decomposition(arrays, flags):
         common.band(ax, x, pair, "pair: the column is not known", RED)
         common.band(ax, x, np.maximum(arrays["eval_loss"][:, mine] - pair, 0), "loss - pair: the carry is not known", GREEN)
         shelves(ax, flags, k)
-        ax.set(xscale="log", ylim=(0, None), xlabel="step (0 is drawn at 0.7)", ylabel="nats on the evaluation set", title=name)
+        ax.set(**STEPS, ylim=(0, None), ylabel="nats on the evaluation set", title=name)
         ax.legend(fontsize=7)
     return figure
 
@@ -779,12 +798,16 @@ def draw_theory(arrays, flags):
     figure, (left, right) = common.panels(2, f"What can be known: base {flags.base}, {flags.digits} digits (exact)", flags)
     for k, levels in enumerate(arrays["floor"]):
         good = np.isfinite(levels) & (levels > 0)
-        left.plot(np.arange(len(levels))[good], levels[good], "o-", color=common.COLOURS[k % 8], ms=3, label=digit_name(flags, k))
-    left.set(yscale="log", xlabel="columns seen, from the own one down", ylabel="Bayes-optimal loss (nats)", xticks=range(flags.digits + 1))
+        left.plot(np.arange(len(levels))[good], levels[good], "o-", color=common.COLOURS[k % 8], ms=3,
+                  label=digit_name(flags, k))
+    left.set(yscale="log", xlabel="columns seen, from the own one down", ylabel="Bayes-optimal loss (nats)",
+             xticks=range(flags.digits + 1))
     left.legend(fontsize=7)
     right.plot(arrays["carry_probability"], "o-", color=BLUE, label="P(carry into column k) = (1 - base^-k)/2")
-    right.plot(range(1, flags.digits + 1), arrays["half_seen"][1:], "s--", color=RED, label="floor: own column and one digit of the next (nats)")
-    right.plot(range(1, flags.digits), arrays["teacher_floor"][1:-1], "^--", color=GREEN, label="floor: own column and earlier answers (nats)")
+    right.plot(range(1, flags.digits + 1), arrays["half_seen"][1:], "s--", color=RED,
+               label="floor: own column and one digit of the next (nats)")
+    right.plot(range(1, flags.digits), arrays["teacher_floor"][1:-1], "^--", color=GREEN,
+               label="floor: own column and earlier answers (nats)")
     right.set(xlabel="column k", ylabel="probability, or nats", ylim=(0, 1))
     right.legend(fontsize=7)
     return figure
@@ -796,20 +819,22 @@ def draw_all(arrays, flags):
     figure, axes = common.panels(len(parts), "All digits at once: which is learned when?", flags)
     for ax, (name, mine, _) in zip(axes, parts):
         for k in range(flags.digits + 1):
-            common.band(ax, np.maximum(arrays["eval_step"], .7), arrays["eval_digit_loss"][:, mine, k], digit_name(flags, k), common.COLOURS[k % 8])
+            common.band(ax, np.maximum(arrays["eval_step"], .7), arrays["eval_digit_loss"][:, mine, k], digit_name(flags, k),
+                        common.COLOURS[k % 8])
         if "teacher" in name:
             common.shelf(ax, teacher_floor(flags.base, 2), "own column and earlier answers")
             common.shelf(ax, leading_entropy(flags.base, flags.digits), "next to leading digit, sees only the leading one")
         common.shelf(ax, carry_entropy(carry_probability(flags.base, 2)), "own column, no carry")
         common.shelf(ax, math.log(flags.base), "log base")
-        ax.set(xscale="log", yscale="log", ylim=(1e-5, 5), xlabel="step (0 is drawn at 0.7)", ylabel="loss (nats)", title=name)
+        ax.set(**STEPS, yscale="log", ylim=(1e-5, 5), ylabel="loss (nats)", title=name)
         ax.legend(fontsize=6.5, loc="lower left")
     return figure
 
 
 def image(ax, x, title, xlabel, ylabel, figure, symmetric=True):
     top = np.nanmax(np.abs(x)) or 1
-    shown = ax.imshow(x, aspect="auto", cmap="RdBu_r" if symmetric else "viridis", vmin=-top if symmetric else 0, vmax=top, interpolation="nearest")
+    shown = ax.imshow(x, aspect="auto", cmap="RdBu_r" if symmetric else "viridis", vmin=-top if symmetric else 0, vmax=top,
+                      interpolation="nearest")
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     figure.colorbar(shown, ax=ax, fraction=.04)
 
@@ -826,7 +851,8 @@ def token_names(flags):
 def draw_attention(arrays, flags):
     """Where `=` looks, and the exact score table behind it, of the first run of each configuration."""
     parts = list(configurations(arrays, 2))
-    figure, axes = common.panels(2 * len(parts), "Attention of `=`: mean weight, and the exact score of every token at every position", flags)
+    figure, axes = common.panels(2 * len(parts),
+                                 "Attention of `=`: mean weight, and the exact score of every token at every position", flags)
     for row, (name, mine, k) in enumerate(parts):
         left, right = axes[2 * row:2 * row + 2]
         image(left, arrays["attention"][mine][0], f"{name}: mean attention, run 0", "position", "head", figure, symmetric=False)
@@ -834,7 +860,8 @@ def draw_attention(arrays, flags):
         head = int(arrays["attention"][mine][0][:, [flags.digits - 1 - min(k, flags.digits - 1)]].sum(1).argmax())
         scores = arrays["scores"][mine][0, head]
         image(right, (scores - scores.mean()).T, f"scores of head {head} (its mean removed)", "position", "token", figure)
-        right.set(xticks=range(flags.positions), xticklabels=position_names(flags), yticks=range(flags.vocab), yticklabels=token_names(flags))
+        right.set(xticks=range(flags.positions), xticklabels=position_names(flags), yticks=range(flags.vocab),
+                  yticklabels=token_names(flags))
         for ax in (left, right):
             ax.tick_params(labelsize=7)
     return figure
@@ -878,7 +905,9 @@ def draw_fourier(arrays, flags):
     mine = next(configurations(arrays, 1))[1]
     name, w = arrays["config"][mine][0], np.arange(1, flags.base // 2 + 1)
     figure, (a, b, c, d) = common.panels(4, f"{name}: the column in the Fourier basis", flags)
-    for values, label, colour, shift in ((arrays["embedding_spectrum"][mine], "W_E", BLUE, -.2), (arrays["term_energy"][mine][:, 1, :, 2], "logits, terms of a+b", RED, .2)):
+    spectra = ((arrays["embedding_spectrum"][mine], "W_E", BLUE, -.2),
+               (arrays["term_energy"][mine][:, 1, :, 2], "logits, terms of a+b", RED, .2))
+    for values, label, colour, shift in spectra:
         a.bar(w + shift, np.median(values, 0), .4, color=colour, label=f"{label}, median of {mine.sum()} runs")
         a.plot(w + shift, values.T, ".", color="black", ms=3)
     a.set(xlabel="frequency", ylabel="share of power", xticks=w, title="Which frequencies are used")
@@ -887,17 +916,20 @@ def draw_fourier(arrays, flags):
     b.plot(w, arrays["excluded_loss"][mine].T, ".", color="black", ms=3)
     common.shelf(b, np.median(arrays["full_loss"][mine]), "full loss")
     common.shelf(b, np.median(arrays["restricted_loss"][mine]), "restricted loss (functions of a+b only)", RED)
-    b.set(xlabel="frequency of a+b removed from the logits", ylabel="loss (nats)", xticks=w, yscale="log", title="Which are needed")
+    b.set(xlabel="frequency of a+b removed from the logits", ylabel="loss (nats)", xticks=w, yscale="log",
+          title="Which are needed")
     before, after = (arrays["term_energy"][mine][:, i].sum(1) for i in (0, 1))
     for values, label, colour, shift in ((before, "neurons", BLUE, -.2), (after, "logits, after W_out W_U", RED, .2)):
         c.bar(np.arange(4) + shift, np.median(values, 0), .4, color=colour, label=label)
         c.plot(np.arange(4) + shift, values.T, ".", color="black", ms=3)
-    c.set(xticks=range(4), xticklabels=["of a", "of b", "of a+b", "of a-b"], ylabel="share of power", title="What W_out W_U cancels")
+    c.set(xticks=range(4), xticklabels=["of a", "of b", "of a+b", "of a-b"], ylabel="share of power",
+          title="What W_out W_U cancels")
     if "neuron_r2" in arrays:
         best = arrays["neuron_r2"][mine].max(-1).ravel()
         d.hist(best, np.linspace(0, 1, 41), color=GREEN, label=f"{mine.sum()} runs, all neurons")
         always = (arrays["neuron_active"][mine] > .99).mean()
-        d.set(xlabel="R^2 of the nine terms of the best frequency", ylabel="neurons", title=f"{always:.0%} of the neurons are always active")
+        d.set(xlabel="R^2 of the nine terms of the best frequency", ylabel="neurons",
+              title=f"{always:.0%} of the neurons are always active")
     for ax in (a, b, c, d):
         ax.legend(fontsize=7)
     return figure
@@ -920,7 +952,8 @@ def draw_matrices(arrays, flags):
         values = arrays["place_similarity"][mine][:, :, i]  # [R, D, observed and null quantiles]
         d.plot(x, values[..., 0].T, "o", color=colour, ms=4)
         d.plot([], [], "o", color=colour, label=f"{label}, {mine.sum()} runs")
-        d.fill_between(x, values[..., 1].min(0), values[..., 3].max(0), color=colour, alpha=.2, lw=0, label="98 % of permuted coordinates")
+        d.fill_between(x, values[..., 1].min(0), values[..., 3].max(0), color=colour, alpha=.2, lw=0,
+                       label="98 % of permuted coordinates")
     d.set(xlabel="column k", xticks=x, title="position vectors of a_k and b_k", ylabel="similarity")
     d.legend(fontsize=6.5)
     for ax in (a, b, c):
@@ -938,7 +971,8 @@ def draw_cascade(arrays, flags):
         right.plot(arrays["gradient_input"][mine].T, "-", color=common.COLOURS[i], lw=.8)
         right.plot([], [], color=common.COLOURS[i], label=f"{name} ({mine.sum()} runs)")
         left.plot(range(k + 1), np.median(arrays["cascade_loss"][mine][:, :k + 1], 0), "o", color=common.COLOURS[i], ms=4)
-    left.set(yscale="log", xlabel="columns just below k that sum to base - 1", ylabel="loss (nats)", xticks=range(flags.digits + 1))
+    left.set(yscale="log", xlabel="columns just below k that sum to base - 1", ylabel="loss (nats)",
+             xticks=range(flags.digits + 1))
     right.set(xticks=range(flags.positions), xticklabels=position_names(flags), yscale="log", xlabel="position",
               ylabel=f"mean |gradient x input| of {flags.probe}")
     common.shelf(left, math.log(flags.base), "log base")
@@ -961,13 +995,14 @@ def draw_development(arrays, flags):
         common.band(left, x, arrays["over_restricted_loss"][:, mine], "restricted to a+b", "grey")
         for i in range(arrays["over_excluded_loss"].shape[-1]):
             common.band(left, x, arrays["over_excluded_loss"][:, mine, i], f"frequency {i + 1} excluded", common.COLOURS[i % 6])
-        left.set(xscale="log", yscale="log", xlabel="step (0 is drawn at 0.7)", ylabel="loss (nats)", title=f"{name}: frequencies")
+        left.set(**STEPS, yscale="log", ylabel="loss (nats)", title=f"{name}: frequencies")
         change = arrays["over_ablation"][:, mine][..., k]
         common.band(right, x, change[..., -1], "MLP ablated", RED)
         common.band(right, x, change[..., :-1].max(-1), "the most important head ablated", BLUE)
         own = 2 * flags.digits + max(flags.digits - 1 - k, 0)
-        common.band(right, x, arrays["over_dependence_mean"][:, mine, own], "share of neurons' variance from the own column", GREEN)
-        right.set(xscale="log", xlabel="step (0 is drawn at 0.7)", ylabel="increase of loss (nats); share", title=f"{name}: parts")
+        common.band(right, x, arrays["over_dependence_mean"][:, mine, own], "share of neurons' variance from the own column",
+                    GREEN)
+        right.set(**STEPS, ylabel="increase of loss (nats); share", title=f"{name}: parts")
         for ax in (left, right):
             ax.legend(fontsize=6)
     return figure
@@ -977,7 +1012,7 @@ def draw_spikes(arrays, flags):
     """The first spike of each run: the quantities around it, and what each intervention just before does to it."""
     figure, (a, b) = common.panels(2, "What drives the repeated spike?", flags)
     t = np.arange(arrays["around_loss"].shape[0]) - SPIKE_BEFORE
-    for key, colour in (("loss", BLUE), ("grad_norm", RED), ("second_moment", GREEN), ("weight_norm", common.COLOURS[3]), ("update_norm", common.COLOURS[4])):
+    for key, colour in zip(AROUND, common.COLOURS):
         if arrays[f"around_{key}"].shape[1]:
             common.band(a, t, arrays[f"around_{key}"], key.replace("_", " "), colour)
     a.set(yscale="log", xlabel="step relative to the spike", ylabel="nats, or norm")
@@ -996,29 +1031,30 @@ def draw_spikes(arrays, flags):
 
 def draw_rows(arrays, flags):
     """Every configuration of the sweep: steps of descent and the final loss of each seed, beside what the notes say."""
-    keys = [tuple(x) for x in np.stack([arrays[k] for k in ("digit", "weight_decay", "eps", "n_heads", "d_model", "steps")], 1)]
-    configs = sorted(set(keys))
-    figure, (a, b) = common.panels(2, "Every configuration: when it descends, where it ends", flags, size=(5.4, max(3.7, .16 * len(configs))))
+    fields = ("digit", "d_model", "n_heads", "weight_decay", "eps", "steps")
+    keys = list(zip(*(arrays[f].tolist() for f in fields)))
+    configs = sorted(set(keys), key=lambda c: (c[0], c[3], c[4], c[2], c[1]))
+    height = max(3.7, .16 * len(configs))
+    figure, (a, b) = common.panels(2, "Every configuration: when it descends, where it ends", flags, size=(5.4, height))
     for y, config in enumerate(configs):
         mine = np.array([k == config for k in keys])
         descent, final = arrays["descent"][mine], np.maximum(arrays["final"][mine], 1e-13)
         a.plot(descent, np.full(mine.sum(), y), "o", color=BLUE, ms=3, alpha=.6)
+        b.plot(final, np.full(mine.sum(), y), "o", color=BLUE, ms=3, alpha=.6)
         if np.isnan(descent).any():
             a.text(config[-1], y, f" {np.isnan(descent).sum()} never", fontsize=5, va="center")
-        b.plot(final, np.full(mine.sum(), y), "o", color=BLUE, ms=3, alpha=.6)
-    for k in range(flags.digits + 1):
-        rows = [(u, r) for u, c in enumerate(configs) for r in ROWS if not flags.sweep and k == r[1] == c[0] and (c[4], c[3], c[1]) == r[2:5] and c[2] == flags.eps]
-        for y, r in rows:
-            ax = {"descent": a, "final": b, "lowest": b}.get(r[6])
-            if ax is not None and np.isfinite(r[8]) and r[7] > 0:
-                ax.plot([r[7], r[8]], [y, y], color=RED, lw=4, alpha=.35, solid_capstyle="butt")
+        for _, *row, steps, quantity, low, high, _ in ROWS if not flags.sweep and config[4] == flags.eps else ():
+            ax = {"descent": a, "final": b, "lowest": b}.get(quantity)
+            if ax is not None and tuple(row) == config[:4] and math.isfinite(high) and low > 0:
+                ax.plot([low, high], [y, y], color=RED, lw=4, alpha=.35, solid_capstyle="butt")
     a.plot([], [], color=RED, lw=4, alpha=.35, label="the notes, with their tolerance")
-    names = [f"{digit_name(flags, int(c[0]))} {c[4]:.0f}/{c[3]:.0f} decay {c[1]:g}" + (f" eps {c[2]:g}" if c[2] != flags.eps else "") for c in configs]
     a.set(xscale="log", xlabel="step of first descent", yticks=range(len(configs)))
-    a.set_yticklabels(names, fontsize=5.5)
+    a.set_yticklabels([f"{digit_name(flags, k)} {d}/{h} decay {decay:g}" + f" eps {eps:g}" * (eps != flags.eps)
+                       for k, d, h, decay, eps, _ in configs], fontsize=5.5)
     b.set(xscale="log", xlabel="final loss (nats)", yticks=[], xlim=(1e-13, 5))
-    for k in (0, 1):
-        b.axvline(floors(flags.base, flags.digits)[1, k], color="grey", ls="--", lw=.8)
+    for level, text in zip(floors(flags.base, flags.digits)[1, :2], ("log base", "no carry")):
+        b.axvline(level, color="grey", ls="--", lw=.8)
+        b.text(level, len(configs), text, fontsize=6, color="grey", ha="right", rotation=90, va="top")
     a.legend(fontsize=6, loc="upper left")
     return figure
 
@@ -1026,7 +1062,8 @@ def draw_rows(arrays, flags):
 def draw_heat(arrays, flags):
     """Share of seeds that converge (10-step mean below 1e-3), by width and heads, one panel for each digit."""
     digits = [k for k in sorted(set(arrays["digit"].tolist()))][:4]
-    figure, axes = common.panels(len(digits), "Share of seeds that reach 1e-3, by width and heads (number of seeds in brackets)", flags)
+    figure, axes = common.panels(len(digits),
+                                 "Share of seeds that reach 1e-3, by width and heads (number of seeds in brackets)", flags)
     for ax, k in zip(axes, digits):
         d, h = (sorted(set(arrays[n][arrays["digit"] == k].tolist())) for n in ("d_model", "n_heads"))
         share = np.full((len(d), len(h)), np.nan)
@@ -1042,7 +1079,7 @@ def draw_heat(arrays, flags):
     return figure
 
 
-# ---- Studies --------------------------------------------------------------------------------------------------------
+# ---- Main -----------------------------------------------------------------------------------------------------------
 
 NOTES = "research notes, 2023-04-18"
 
@@ -1077,7 +1114,8 @@ def curves(parts):
     arrays = {"step": parts[0][2]["step"][:T], "eval_step": parts[0][2]["eval_step"][:M],
               "digit": np.array([r.digit for r in runs]), "config": np.array([config_name(r) for r in runs]),
               "loss": np.concatenate([p[2]["loss"][:T] for p in parts], 1)}
-    arrays |= {k: np.concatenate([p[2][k][:M] for p in parts], 1) for k in parts[0][2] if k.startswith("eval_") and k != "eval_step"}
+    arrays |= {k: np.concatenate([p[2][k][:M] for p in parts],
+                                 1) for k in parts[0][2] if k.startswith("eval_") and k != "eval_step"}
     return arrays | {k: np.concatenate([p[4][k] for p in parts]) for k in parts[0][4]}
 
 
@@ -1092,40 +1130,37 @@ def compute_digit(flags, folder):
 
 def judge_digit(arrays, flags):
     """The notes' sentences about units and tens at 128/4."""
-    claims, ours = [], flags.d_model == 128 and flags.n_heads == 4 and flags.base == 10 and flags.steps >= 1000
+    enough = (flags.d_model, flags.n_heads, flags.base) == (128, 4, 10) and flags.steps >= 1000
+    claims = []
+
+    def add(id, statement, quote, expected, measured, agree, enough=enough):
+        claims.append(common.claim(id, statement, f'{NOTES}: "{quote}"', expected, measured, agree, enough))
     for k, name in ((0, "units"), (1, "tens")):
         mine = arrays["digit"] == k
         if not mine.any():
             continue
-        descent = arrays["descent"][mine]
-        claims.append(common.claim(
-            f"{name}-descend", f"the {name} at 128/4 leave log 10 at step 100 to 240", f"{NOTES}: \"first descent at 120\"", "100 .. 240",
-            common.spread(descent), common.vote((descent >= 100) & (descent <= 240)) if ours else None))
+        descent, bump, lowest, level = (arrays[n][mine] for n in ("descent", "bump", "lowest", "rest_level"))
+        add(f"{name}-descend", f"the {name} at 128/4 leave log 10 at step 100 to 240", "first descent at 120", "100 .. 240",
+            descent, (descent >= 100) & (descent <= 240))
         if k == 0:
-            bump = arrays["bump"][mine]
-            claims.append(common.claim(
-                "units-bump", "after its first descent the units' loss grows back by 10 % or more before step 600 (decay .25)",
-                f"{NOTES}: \"WD=0.25: a brief step / mild growback at 200-300 batches is still visible\"", ">= 1.1",
-                common.spread(bump), common.vote(bump >= 1.1) if ours and flags.weight_decay == .25 else None))
-            low = arrays["lowest"][mine]
-            claims.append(common.claim(
-                "units-zero", "the units' loss falls below 1e-7", f"{NOTES}: \"descent to 8e-9 & stability\"", "< 1e-7",
-                common.spread(low), common.vote(low < 1e-7) if ours else None))
-        else:
-            level = arrays["rest_level"][mine]
-            at = np.array([np.abs(arrays["eval_step"] - s).argmin() if np.isfinite(s) else 0 for s in arrays["rest_step"][mine]])
-            loss, pair = (arrays[f"eval_{n}"][:, mine][at, np.arange(mine.sum())] for n in ("loss", "pair"))
-            excess = loss - pair - floors(flags.base, flags.digits)[1, 1]
-            claims += [common.claim(
-                "tens-shelf", "the tens' first shelf lies at .72 to .86 nats", f"{NOTES}: \"a consistent 0.8-step\"", ".72 .. .86",
-                common.spread(level), common.vote((level >= .72) & (level <= .86)) if ours else None), common.claim(
-                "tens-shelf-kind", "that shelf is log 2 for the carry plus what the column still costs: loss - pair is H(p_1) within .1",
-                f"{NOTES}: \"log2\"; decomposition -ln(P_n + P_n+1)", "|loss - pair - .688| < .1",
-                common.spread(excess), common.vote(np.abs(excess) < .1) if ours else None)]
-            kinds = [shelf_kind(flags, 1, a, b, 9.) for a, b in zip(loss, pair)]
-            claims.append(common.claim("tens-carry-blind", "on that shelf the model knows its column and not the carry",
-                                       f"{NOTES}: \"to confirm or deny the theory that it learns to choose between the two possible ones\"",
-                                       "carry-blind", ", ".join(kinds), common.vote([x == "carry-blind" for x in kinds]) if ours else None))
+            add("units-bump", "after the descent the units' loss grows back by 10 % or more before step 600 (decay .25)",
+                "WD=0.25: a brief step / mild growback at 200-300 batches is still visible", ">= 1.1", bump, bump >= 1.1,
+                enough and flags.weight_decay == .25)
+            add("units-zero", "the units' loss falls below 1e-7", "descent to 8e-9 & stability", "< 1e-7", lowest,
+                lowest < 1e-7)
+            continue
+        at = np.array([np.abs(arrays["eval_step"] - s).argmin() if s == s else 0 for s in arrays["rest_step"][mine]])
+        loss, pair = (arrays[f"eval_{n}"][:, mine][at, np.arange(mine.sum())] for n in ("loss", "pair"))
+        excess = loss - pair - floors(flags.base, flags.digits)[1, 1]
+        kinds = [shelf_kind(flags, 1, a, b, math.inf) for a, b in zip(loss, pair)]
+        add("tens-shelf", "the tens' first shelf lies at .72 to .86 nats", "a consistent 0.8-step", ".72 .. .86", level,
+            (level >= .72) & (level <= .86))
+        add("tens-shelf-parts",
+            "that shelf is what the column still costs, plus H(p_1) for the carry: loss - pair - H(p_1) is 0",
+            "log2; p(naive-sum-digit), p(naive-sum-digit+1)", "within .1", excess, np.abs(excess) < .1)
+        add("tens-carry-blind", "on that shelf the model knows its column and not the carry",
+            "the theory that it learns to choose between the two possible ones", "carry-blind", ", ".join(kinds),
+            np.array([x == "carry-blind" for x in kinds]))
     return claims
 
 
@@ -1240,72 +1275,92 @@ def judge_sweep(arrays, flags):
     """One claim for each row of the notes' tables, and the sentences about trends."""
     if flags.sweep:
         return []
-    enough = flags.steps >= 5000 and not flags.smoke
-    pick = lambda k, d, h, w, e=flags.eps: ((arrays["digit"] == k) & (arrays["d_model"] == d) & (arrays["n_heads"] == h)
-                                            & np.isclose(arrays["weight_decay"], w) & np.isclose(arrays["eps"], e, rtol=1e-3))
-    claims = []
-    for name, k, d, h, w, steps, quantity, low, high, sentence in ROWS:
-        mine = pick(k, d, h, w) & (arrays["steps"] == max(1, steps * flags.steps // 5000))
-        if not mine.any():
-            continue
-        value = np.where(np.isnan(arrays[quantity][mine]), np.inf, arrays[quantity][mine])
-        claims.append(common.claim(name, f"{digit_name(flags, k)}, {sentence}", f"{NOTES}: \"{sentence}\"",
-                                   f"{quantity} {low:.3g} .. {high:.3g}", f"{quantity} {common.spread(arrays[quantity][mine])}",
-                                   common.vote((value >= low) & (value <= high)) if enough else None))
+    enough, claims = flags.steps >= 5000 and not flags.smoke, []
 
-    def trend(id, statement, quote, expected, measured, holds):
-        claims.append(common.claim(id, statement, f"{NOTES}: \"{quote}\"", expected, measured, holds if enough else None))
-    median = lambda key, mine: np.median(np.where(np.isnan(arrays[key][mine]), np.inf, arrays[key][mine])) if mine.any() else np.nan
+    def add(id, statement, quote, expected, measured, agree):
+        claims.append(common.claim(id, statement, f'{NOTES}: "{quote}"', expected, measured, agree, enough))
+
+    def pick(k, d, h, decay, eps=flags.eps):
+        return ((arrays["digit"] == k) & (arrays["d_model"] == d) & (arrays["n_heads"] == h)
+                & np.isclose(arrays["weight_decay"], decay) & np.isclose(arrays["eps"], eps, rtol=1e-3, atol=0))
+
+    def median(key, mine):
+        """Median over runs, where a step that never comes is infinite; NaN without runs."""
+        return np.median(np.where(np.isnan(arrays[key][mine]), np.inf, arrays[key][mine])) if mine.any() else math.nan
+
+    for name, k, d, h, decay, steps, quantity, low, high, sentence in ROWS:
+        mine = pick(k, d, h, decay) & (arrays["steps"] == max(1, steps * flags.steps // 5000))
+        if mine.any():
+            value = np.where(np.isnan(arrays[quantity][mine]), np.inf, arrays[quantity][mine])
+            add(name, f"{digit_name(flags, k)}, {sentence}", sentence, f"{quantity} {low:.3g} .. {high:.3g}",
+                f"{quantity} {common.spread(arrays[quantity][mine])}", (value >= low) & (value <= high))
 
     widths = np.array([8, 16, 128])
     steps = np.array([median("descent", pick(U, d, 4, 0)) for d in widths])
-    factor = math.exp(-np.polyfit(np.log2(widths), np.log(steps), 1)[0]) if np.isfinite(steps).all() else math.nan
-    trend("width-delays", "halving the width delays the units' descent by about 1.5 (4 heads, widths 8 to 128)",
-          "smth like x1.5 time to drop per /2 of d_model", "1.3 .. 1.75", f"x{factor:.2f} per halving", 1.3 <= factor <= 1.75)
-    narrow = [median("descent", pick(U, d, d, 0)) for d in (8, 4, 3, 2)]
-    growth = [b / a for a, b in zip(narrow, narrow[1:])]
-    per_halving = growth[0], (growth[1] ** (1 / math.log2(4 / 3))), (growth[2] ** (1 / math.log2(3 / 2)))
-    trend("width-hyper", "near width 2 the delay per halving grows (8/8, 4/4, 3/3, 2/2)", "maybe hyperexponentially, when close to 0",
-          "increasing", "medians " + ", ".join(f"{x:.0f}" for x in narrow) + "; per halving " + ", ".join(f"x{x:.2f}" for x in per_halving),
-          None if not np.isfinite(per_halving).all() else bool(per_halving[0] < per_halving[1] < per_halving[2]))
-    waits = np.where(np.isnan(arrays["descent"]), np.inf, arrays["descent"])[pick(U, 2, 2, 0)]
-    done = waits[np.isfinite(waits)]
-    if len(done) >= 8:  # an exponential above a dead time has deviation = mean of the excess; normal waits do not
-        ratio = done.std(ddof=1) / (done.mean() - done.min() + 1e-9)
-        trend("waiting-exponential", "waiting times of 2/2 over seeds are exponential above a dead time (deviation / mean excess near 1)",
-              "chances of extant circuits to be accidentally close enough to the necessary basin", ".75 .. 1.33",
-              f"{ratio:.2f}, {len(done)} of {len(waits)} seeds descended in {arrays['steps'][pick(U, 2, 2, 0)].max()} steps", None if len(done) < len(waits) * .8 else .75 <= ratio <= 1.33)
-    pairs = [(d, few, many) for d, few, many in ((16, 1, 4), (8, 1, 4), (8, 4, 8), (4, 1, 4))]
-    later = [np.mean(np.subtract.outer(*(np.nan_to_num(arrays["descent"][pick(U, d, h, 0)], nan=1e9) for h in (many, few))) > 0)
-             if pick(U, d, few, 0).any() and pick(U, d, many, 0).any() else math.nan for d, few, many in pairs]
-    trend("heads-slow-units", "more heads slow the units: a run with more heads descends later than one with fewer, in 3 of 4 pairs of runs",
-          "for this task more heads are worse (considerably slow down convergences)", "share of pairs > .75 in each comparison",
-          ", ".join(f"{d}/{many} after {d}/{few}: {x:.2f}" for (d, few, many), x in zip(pairs, later)),
-          None if np.isnan(later).any() else all(x > .75 for x in later) or (None if any(x > .75 for x in later) else False))
-    floor = [(w * e, arrays["final"][pick(U, 128, 4, w, e)]) for w, e in ((.25, 1e-8), (.5, 1e-8), (1, 1e-8), (.5, 1e-9), (.5, 1e-7), (.5, 1e-6))]
-    if all(len(y) for _, y in floor):
-        slope = np.polyfit(np.log([x for x, y in floor for _ in y]), np.log(np.concatenate([y for _, y in floor])), 1)[0]
-        trend("decay-floor", "decay sets a floor on the units' loss, proportional to weight_decay x eps", "WD=1: to 20e-9; WD=0.5: to 8e-9",
-              "log-log slope .8 .. 1.2", f"slope {slope:.2f} over {sum(len(y) for _, y in floor)} runs", .8 <= slope <= 1.2)
+    if np.isfinite(steps).all():
+        factor = math.exp(-np.polyfit(np.log2(widths), np.log(steps), 1)[0])
+        add("width-delays", "halving the width delays the units' descent by about 1.5 (4 heads, widths 8 to 128)",
+            "smth like x1.5 time to drop per /2 of d_model", "1.3 .. 1.75", f"x{factor:.2f}", 1.3 <= factor <= 1.75)
+    waits = np.array([median("descent", pick(U, d, d, 0)) for d in (8, 4, 3, 2)])
+    if not np.isnan(waits).any():
+        growth = (waits[1:] / waits[:-1]) ** (1 / np.log2([2, 4 / 3, 3 / 2]))
+        add("width-hyper", "near width 2 the delay per halving grows (8/8, 4/4, 3/3, 2/2)",
+            "maybe hyperexponentially, when close to 0",
+            "increasing",
+            f"medians {', '.join(f'{x:.0f}' for x in waits)}; per halving {', '.join(f'x{x:.2f}' for x in growth)}",
+            bool(np.all(np.diff(growth) > 0)) if np.isfinite(waits).all() else None)
+    mine = pick(U, 2, 2, 0)
+    done = arrays["descent"][mine & np.isfinite(arrays["descent"])]
+    if len(done) >= 8:  # above a dead time, exponential waits have deviation = mean; waits that scatter around a mean have not
+        ratio = done.std(ddof=1) / (done.mean() - done.min())
+        add("waiting-exponential", "the waiting times of 2/2 over seeds are exponential above a dead time",
+            "chances of extant circuits to be accidentally close enough to the necessary basin of attraction",
+            "deviation / mean excess .75 .. 1.33", f"{ratio:.2f}, {len(done)} of {mine.sum()} seeds descended",
+            .75 <= ratio <= 1.33 if len(done) >= .8 * mine.sum() else None)
+    wait = lambda d, h: np.nan_to_num(arrays["descent"][pick(U, d, h, 0)], nan=1e9)
+    pairs = [(16, 1, 4), (8, 1, 4), (8, 4, 8), (4, 1, 4)]
+    pairs = [(d, few, many) for d, few, many in pairs if len(wait(d, few)) and len(wait(d, many))]
+    if pairs:
+        later = np.array([np.mean(wait(d, many)[:, None] > wait(d, few)) for d, few, many in pairs])
+        add("heads-slow-units",
+            "more heads slow the units by more than seeds differ (a run with more heads descends later than one "
+            "with fewer, in 3 of 4 pairs of runs)", "for this task more heads are worse (considerably slow down convergences)",
+            "each share > .75", ", ".join(f"{d}/{m} after {d}/{f}: {x:.2f}" for (d, f, m), x in zip(pairs, later)),
+            True if (later > .75).all() else None if (later > .75).any() else False)
+    floor = [(w * e, y) for w, e in ((.25, 1e-8), (.5, 1e-8), (1, 1e-8), (.5, 1e-9), (.5, 1e-7), (.5, 1e-6))
+             for y in arrays["final"][pick(U, 128, 4, w, e)]]
+    if floor:
+        slope = np.polyfit(*np.log(np.array(floor).T), 1)[0]
+        add("decay-floor", "decay sets a floor on the units' loss, proportional to weight_decay x eps",
+            "WD=1: to 20e-9; WD=0.5: to 8e-9",
+            "log-log slope .8 .. 1.2", f"slope {slope:.2f} over {len(floor)} runs", .8 <= slope <= 1.2)
+        slow = (arrays["final"] / arrays["lowest"])[pick(U, 128, 4, .5)]
+        add("slow-regrowth",
+            "at decay .5 the units' loss slowly grows back by 5 % or more after its lowest (whether it is the early bump "
+            "slowed down, this cannot tell)", "dips to 7-8 & then slowly goes back to 8-9", ">= 1.05", slow, slow >= 1.05)
     damp = [median("vibration", pick(T, 128, 4, w)) for w in (0, .25, .5)]
-    trend("decay-damps", "decay damps the tens' vibration (median deviation of log loss after step 1000, decay 0 against .25)",
-          "WD=0.25 diminishes the loss vibration drastically", "at most half", f"{damp[0]:.3g} at 0, {damp[1]:.3g} at .25, {damp[2]:.3g} at .5",
-          None if np.isnan(damp).any() else damp[1] <= damp[0] / 2)
-    speed = [median("reach", pick(T, 128, h, .25)) for h in (1, 2, 4, 128)]
-    trend("heads-speed-tens", "more heads make the tens converge sooner (128 wide, 1, 2, 4, 128 heads)", "more heads makes things happen faster I think",
-          "decreasing", ", ".join(f"{x:.0f}" for x in speed), None if np.isnan(speed).any() else bool(np.all(np.diff(np.where(np.isinf(speed), 1e9, speed)) <= 0)))
+    if not np.isnan(damp).any():
+        add("decay-damps", "decay damps the tens' vibration (deviation of log loss after step 1000, decay 0 against .25)",
+            "WD=0.25 diminishes the loss vibration drastically", "at most half",
+            "{:.3g} at 0, {:.3g} at .25, {:.3g} at .5".format(*damp), damp[1] <= damp[0] / 2)
+    speed = np.array([median("reach", pick(T, 128, h, .25)) for h in (1, 2, 4, 128)])
+    if not np.isnan(speed).any():
+        add("heads-speed-tens", "more heads make the tens converge sooner (128 wide; 1, 2, 4, 128 heads)",
+            "more heads makes things happen faster I think", "decreasing", ", ".join(f"{x:.0f}" for x in speed),
+            bool(np.all(np.diff(np.minimum(speed, 1e9)) < 0)))
     alone = np.concatenate([arrays["reach"][pick(T, d, 1, .25)] for d in (128, 256, 512)])
-    trend("one-head-fails-tens", "one head fails the tens at widths 128, 256 and 512", "1 is too few (even for 512/1)", "never below 1e-3",
-          f"{np.isfinite(alone).sum()} of {len(alone)} runs converge", common.vote(np.isnan(alone)))
-    spikes = [(w, arrays["spikes"][pick(T, 128, 4, w)].mean()) for w in (0, .1, .15, .2, .225, .25, .5) if pick(T, 128, 4, w).any()]
-    if len(spikes) > 3:
-        order = lambda x: np.argsort(np.argsort(x))
-        rank = np.corrcoef(order([w for w, _ in spikes]), order([s for _, s in spikes]))[0, 1] if len({s for _, s in spikes}) > 1 else 0.
-        trend("decay-spikes", "the repeated spike of the tens grows with weight decay (rank correlation over decays)", "a repeatable gradient spike, intensified by WD",
-              "> .7", f"rank correlation {rank:.2f}; mean spikes " + ", ".join(f"{w:g}: {s:.2g}" for w, s in spikes), True if rank > .7 else False if rank < .3 else None)
-    slow = (arrays["final"] / arrays["lowest"])[pick(U, 128, 4, .5)]
-    trend("slow-regrowth", "at decay .5 the units' loss slowly grows back after its lowest (by 5 % or more); whether it is the early bump slowed down, this cannot tell",
-          "dips to 7-8 & then slowly goes back to 8-9", ">= 1.05", common.spread(slow), common.vote(slow >= 1.05))
+    if len(alone):
+        add("one-head-fails-tens", "one head fails the tens at widths 128, 256 and 512", "1 is too few (even for 512/1)",
+            "never below 1e-3", f"{np.isfinite(alone).sum()} of {len(alone)} runs converge", np.isnan(alone))
+    decays = [w for w in (0, .1, .15, .2, .225, .25, .5) if pick(T, 128, 4, w).any()]
+    spikes = [(w, arrays["spikes"][pick(T, 128, 4, w)].mean()) for w in decays]
+    if len({s for _, s in spikes}) > 1:
+        rank = np.corrcoef(*(np.argsort(np.argsort(x)) for x in zip(*spikes)))[0, 1]
+        add("decay-spikes", "the repeated spike of the tens grows with weight decay",
+            "a repeatable gradient spike, intensified by WD",
+            "rank correlation over decays > .7",
+            f"{rank:.2f}; spikes a run: " + ", ".join(f"{w:g}: {s:.2g}" for w, s in spikes),
+            True if rank > .7 else False if rank < .3 else None)
     return claims
 
 
@@ -1314,34 +1369,38 @@ def compute_all(flags, folder):
     ablation [R, parts, D+1]: heads in order, then the MLP."""
     parts = train_groups(common.groups_of_runs(flags), folder, evaluate_all)
     fixed = evaluation_set(flags)[:, :EXAMPLES // 4]
-    tables = [torch.stack([ablations(run, common.run_of(params, r), fixed) for r, run in enumerate(runs)]) for runs, params, *_ in parts]
-    return curves(parts) | {"ablation": torch.cat(tables)}
+    change = [ablations(run, common.run_of(params, r), fixed) for runs, params, *_ in parts for r, run in enumerate(runs)]
+    return curves(parts) | {"ablation": torch.stack(change)}
 
 
 def judge_all(arrays, flags):
-    """Does the teacher mode leak? Where both modes have learned the columns, its middle digits lie lower."""
+    """Are the units first, and does teacher forcing leak?"""
     claims, enough = [], flags.steps >= 2000 and flags.base == 10
-    teacher = np.array([c.startswith("teacher") for c in arrays["config"]])
-    early = {k: np.array([next((s for s, x in zip(arrays["eval_step"], arrays["eval_digit_loss"][:, r, k]) if x < .1), np.inf)
-                          for r in range(len(teacher))]) for k in range(flags.digits + 1)}
+    loss, teacher = arrays["eval_digit_loss"], np.char.startswith(arrays["config"], "teacher")
+    below = loss < .1  # [M, R, D+1]
+    when = np.where(below.any(0), below.argmax(0), len(loss))  # [R, D+1]
     for mode, mine in (("teacher", teacher), ("parallel", ~teacher)):
         if mine.any():
-            first = np.array([min(early, key=lambda k: early[k][r]) if min(early[k][r] for k in early) < np.inf else -1 for r in np.flatnonzero(mine)])
-            claims.append(common.claim(f"units-first-{mode}", f"the units are the first digit below .1 nats ({mode})", "what a carry that is hard to see implies",
-                                       "digit 0", "first: " + ", ".join(digit_name(flags, k) if k >= 0 else "none" for k in first), common.vote(first == 0) if enough else None))
+            first = [digit_name(flags, int(w.argmin())) if w.min() < len(loss) else "none" for w in when[mine]]
+            claims.append(common.claim(
+                f"units-first-{mode}", f"with {mode} answers the units are the first digit below .1 nats",
+                f'{NOTES}: "training on all digits simultaneously"', "units", ", ".join(first),
+                np.array([f == "units" for f in first]), enough))
     if teacher.any() and (~teacher).any() and flags.digits > 2:
-        low = arrays["eval_digit_loss"][-1][:, 2]
-        claims.append(common.claim("teacher-leaks", "teacher forcing makes the hundreds easier: every teacher run ends lower than every parallel one",
-                                   "the true earlier digits give away the carry where n = base - 1", "teacher < parallel",
-                                   f"teacher {common.spread(low[teacher])}; parallel {common.spread(low[~teacher])}",
-                                   None if not enough else bool(low[teacher].max() < low[~teacher].min()) or (None if np.median(low[teacher]) < np.median(low[~teacher]) else False)))
+        fed, alone = loss[-1][teacher, 2], loss[-1][~teacher, 2]
+        claims.append(common.claim(
+            "teacher-leaks", "teacher forcing makes the hundreds easier: each teacher run ends below each parallel one",
+            "the earlier answer digits give away the carry where n = base - 1", "teacher < parallel",
+            f"teacher {common.spread(fed)}; parallel {common.spread(alone)}",
+            True if fed.max() < alone.min() else False if np.median(fed) >= np.median(alone) else None, enough))
     return claims
 
 
 def compute_theory(flags, folder):
     """Exact: carry_probability [D+1], floor [D+1, D+2] (digit, columns seen), half_seen [D+1], teacher_floor [D+1],
     leading_entropy [] and one_wide_bound [], the least loss of any model whose residual stream is one number."""
-    arrays = {"carry_probability": [carry_probability(flags.base, k) for k in range(flags.digits + 1)], "floor": floors(flags.base, flags.digits),
+    arrays = {"carry_probability": [carry_probability(flags.base, k) for k in range(flags.digits + 1)],
+              "floor": floors(flags.base, flags.digits),
               "half_seen": [math.nan] + [half_seen_floor(flags.base, k) for k in range(1, flags.digits + 1)],
               "teacher_floor": [teacher_floor(flags.base, k) for k in range(flags.digits)] + [math.nan],
               "leading_entropy": leading_entropy(flags.base, flags.digits), "one_wide_bound": one_wide_bound(flags)}
@@ -1349,8 +1408,9 @@ def compute_theory(flags, folder):
     for k in range(flags.digits + 1):
         seen = "  ".join(f"{x:.7f}" for x in arrays["floor"][k] if np.isfinite(x))
         print(f"  {digit_name(flags, k):14} P(carry in) {arrays['carry_probability'][k]:.6f}   {seen}")
-    print(f"  tens, own column and one digit below: {arrays['half_seen'][1]:.6f}   "
-          f"H(z_{flags.digits - 1} | z_{flags.digits}) = {arrays['leading_entropy']:.6f}   1/1 cannot pass {arrays['one_wide_bound']:.3f}")
+    print(f"  tens, own column and one digit below: {arrays['half_seen'][1]:.6f}")
+    print(f"  H(z_{flags.digits - 1} | z_{flags.digits}) = {arrays['leading_entropy']:.6f}")
+    print(f"  a residual stream of one number cannot pass {arrays['one_wide_bound']:.3f} on the units")
     return arrays
 
 
@@ -1370,12 +1430,16 @@ def one_wide_bound(flags, starts=64, steps=2000):
 def judge_theory(arrays, flags):
     """The identities that hold at base 10 and five digits, and the shelf that the notes read as log 2."""
     tens = float(arrays["floor"][1, 1])
-    return [common.claim("tens-not-log2", "the tens' carry-blind shelf is log 2", f"{NOTES}: \"8/1: yep to log2. a little higher actually\"",
-                         f"{math.log(2):.7f}", f"{tens:.7f}: below log 2, since the carry has probability {arrays['carry_probability'][1]:.2f}",
+    bound = float(arrays["one_wide_bound"])
+    return [common.claim("tens-at-log2", "the shelf of tens that know no carry is log 2",
+                         f'{NOTES}: "8/1: yep to log2. a little higher actually"',
+                         f"{math.log(2):.7f}",
+                         f"{tens:.7f}, since the carry has probability {arrays['carry_probability'][1]:.2f}",
                          abs(tens - math.log(2)) < 1e-4),
-            common.claim("one-wide-can", "a 1/1 model can leave log base at all", f"{NOTES}: \"1/1: does not descend from log10 in 50k\"",
-                         f"< {math.log(flags.base):.3f}", f"best readout of one number: {float(arrays['one_wide_bound']):.3f}",
-                         None if flags.smoke else float(arrays["one_wide_bound"]) < math.log(flags.base) - .1)]
+            common.claim("one-wide-can", "a 1/1 model can leave log base at all",
+                         f'{NOTES}: "1/1: does not descend from log10 in 50k"',
+                         f"< {math.log(flags.base):.3f}", f"the best readout of one number has {bound:.3f} nats",
+                         bound < math.log(flags.base) - .1, not flags.smoke)]
 
 
 def compute_anatomy(flags, folder):
@@ -1384,7 +1448,8 @@ def compute_anatomy(flags, folder):
     fixed = evaluation_set(flags)
     if flags.checkpoint:
         saved = common.load_checkpoint(flags.checkpoint)["params"]
-        common.same_shapes({"params": common.run_of(saved, 0), "optimiser": {}}, {"params": start(flags)["params"]}, flags.checkpoint)
+        common.same_shapes({"params": common.run_of(saved, 0), "optimiser": {}}, {"params": start(flags)["params"]},
+                           flags.checkpoint)
         runs, snapshots = [flags] * len(saved["W_E"]), {}
         params = [common.run_of(saved, r) for r in range(len(runs))]
     else:
@@ -1396,41 +1461,45 @@ def compute_anatomy(flags, folder):
     stacked = lambda found: {k: torch.stack([f[k] for f in found]) for k in found[0]}
     arrays = {"digit": np.array([r.digit for r in runs]), "config": np.array([config_name(r) for r in runs])}
     arrays |= stacked([anatomy(run, p, fixed) for run, p in zip(runs, params)])
-    over = [{"step": torch.tensor(int(step)), **stacked([develop(run, common.run_of(snapshots[step], r), fixed[:, :2048]) for r, run in enumerate(runs)])}
-            for step in sorted(snapshots, key=int)]
+    over = []
+    for step in sorted(snapshots, key=int):
+        found = [develop(run, common.run_of(snapshots[step], r), fixed[:, :2048]) for r, run in enumerate(runs)]
+        over.append({"step": torch.tensor(int(step)), **stacked(found)})
     return arrays | {f"over_{k}": v for k, v in stacked(over or [{}]).items()}
 
 
 def judge_anatomy(arrays, flags):
-    """The sentences that the notes quote from the analysis of modular addition (Nanda et al. 2023), on this task."""
-    claims, enough = [], not flags.smoke and (flags.steps >= 1000 or flags.checkpoint)
-    quoted = "Nanda et al. 2023, quoted in the " + NOTES
-
-    def add(id, name, mine, statement, expected, values, agree):
-        solved = arrays["full_loss"][mine] < .05  # a circuit is read off models that have one
-        claims.append(common.claim(f"{id}-{name}", f"{name}: {statement}", quoted, expected, common.spread(values),
-                                   common.vote(agree[solved]) if enough else None))
+    """The sentences that the notes quote from the analysis of modular addition, on this task. Only runs that have solved it
+    (loss below .05) vote: a circuit is read off a model that has one."""
+    claims, enough = [], not flags.smoke and bool(flags.steps >= 1000 or flags.checkpoint)
     for name, mine, k in configurations(arrays, 4):
-        name = digit_name(flags, k)
-        own = min(k, flags.digits - 1)
+        name, solved = digit_name(flags, k), arrays["full_loss"][mine] < .05
+
+        def add(id, statement, expected, values, agree, name=name, solved=solved):
+            claims.append(common.claim(f"{id}-{name}", f"{name}: {statement}", f"Nanda et al. 2023, quoted in the {NOTES}",
+                                       expected, values, agree[solved], enough))
         itself, skip = arrays["shortcuts"][mine].T
-        add("self-attention", name, mine, "attention of `=` to itself is negligible (mean ablation costs less than .01 nats)", "< .01", itself, itself < .01)
-        add("skip", name, mine, "the skip past the MLP acts as a bias (mean ablation costs less than .01 nats)", "< .01", skip, skip < .01)
-        similar = arrays["place_similarity"][mine][:, own, 0]
-        add("same-places", name, mine, "the position vectors of a_k and b_k are the same (cosine above .9; permuted coordinates stay below "
-            f"{np.median(similar[:, 3]):.2f})", "> .9", similar[:, 0], similar[:, 0] > .9)
-        if "neuron_r2" not in arrays:
-            continue
-        best = np.median(arrays["neuron_r2"][mine].max(-1), 1)
-        add("nine-terms", name, mine, "nine terms of one frequency give most of a neuron (median R^2 above .85)", "> .85", best, best > .85)
+        add("self-attention", "attention of `=` to itself is negligible (mean ablation costs less than .01 nats)", "< .01",
+            itself, itself < .01)
+        add("skip", "the skip past the MLP acts as a bias (mean ablation costs less than .01 nats)", "< .01", skip, skip < .01)
+        cosine, _, _, null = arrays["place_similarity"][mine][:, min(k, flags.digits - 1), 0].T
+        add("same-places",
+            f"the position vectors of a_k and b_k are the same (99 % of permuted ones stay below {np.median(null):.2f})",
+            "cosine > .9", cosine, cosine > .9)
         top = np.sort(arrays["embedding_spectrum"][mine], 1)[:, -2:].sum(1)
-        add("sparse-embedding", name, mine, f"W_E is sparse in the Fourier basis (two of {flags.base // 2} frequencies hold 80 % of it)", "> .8", top, top > .8)
-        before, after = arrays["term_energy"][mine].sum(2)[..., 2].T
-        add("cancels", name, mine, f"W_out W_U leave only the terms of a+b (90 % of the power; before: {np.median(before):.0%})", "> .9", after, after > .9)
+        add("sparse-embedding", f"W_E is sparse in the Fourier basis (two of {flags.base // 2} frequencies hold 80 % of it)",
+            "> .8", top, top > .8)
+        if "neuron_r2" in arrays:
+            best = np.median(arrays["neuron_r2"][mine].max(-1), 1)
+            add("nine-terms", "nine terms of one frequency give most of a neuron", "median R^2 > .85", best, best > .85)
+            before, after = arrays["term_energy"][mine].sum(2)[..., 2].T
+            add("cancels", f"W_out W_U leave only the terms of a+b (90 % of the power; {np.median(before):.0%} before)",
+                "> .9", after, after > .9)
     return claims
 
 
 SPIKE_BEFORE, SPIKE_AFTER = 150, 100  # steps around a spike; forks start at the chunk boundary before
+AROUND = ("loss", "grad_norm", "second_moment", "weight_norm", "update_norm")
 INTERVENTIONS = {"none": {}, "eps 1e-6": dict(eps=1e-6), "beta2 .999": dict(beta2=.999), "clip at median": dict(clip=None),
                  "decay off": dict(weight_decay=0.), "rate / 2": dict(lr=.5)}
 
@@ -1444,10 +1513,11 @@ def compute_spikes(flags, folder):
         raise common.Stop("--study spikes compares runs of one shape: sweep fields that are numbers, such as weight_decay")
     part, = train_groups(groups, folder)
     runs, _, metrics, *_ = part
-    arrays = curves([part]) | {k: metrics[k] for k in ("grad_norm", "second_moment", "weight_norm", "update_norm")}
+    arrays = curves([part]) | {k: metrics[k] for k in AROUND}
     window = slice(0, SPIKE_BEFORE + SPIKE_AFTER)
-    spiking = [r for r in range(len(runs)) if SPIKE_BEFORE + common.CHUNK < arrays["first_spike"][r] <= len(arrays["step"]) - SPIKE_AFTER]
-    around, forks = {k: [] for k in ("loss", "grad_norm", "second_moment", "weight_norm", "update_norm")}, []
+    spiking = np.flatnonzero((arrays["first_spike"] > SPIKE_BEFORE + common.CHUNK)
+                             & (arrays["first_spike"] <= len(arrays["step"]) - SPIKE_AFTER)).tolist()
+    around, forks = {k: [] for k in AROUND}, []
     for r in spiking:
         spike = int(arrays["first_spike"][r])
         for k in around:
@@ -1460,7 +1530,8 @@ def compute_spikes(flags, folder):
         forked = [replace(again, **change(c)) for c in INTERVENTIONS.values()]
         steps = -(-(spike + SPIKE_AFTER - begin) // common.CHUNK) * common.CHUNK
         fused = common.Fused(step_of(flags), common.stack([common.run_of(state, 0)] * len(forked)), common.numbers(forked),
-                             torch.stack([sample(again, common.generator(again.seed, "train", 0), again.batch)] * len(forked)), flags, steps)
+                             torch.stack([sample(again, common.generator(again.seed, "train", 0), again.batch)] * len(forked)),
+                             flags, steps)
         losses = []
         for chunk in range(begin // common.CHUNK, (begin + steps) // common.CHUNK):
             data = sample(again, common.generator(again.seed, "train", chunk), common.CHUNK, again.batch)
@@ -1470,19 +1541,20 @@ def compute_spikes(flags, folder):
             break
     arrays |= {f"around_{k}": np.stack(v, 1) if v else np.zeros((SPIKE_BEFORE + SPIKE_AFTER, 0)) for k, v in around.items()}
     forks = np.stack(forks) if forks else np.zeros((0, SPIKE_BEFORE + SPIKE_AFTER, len(INTERVENTIONS)))
+    worst = [geometric(f).max(0) for f in forks]
     return arrays | {"intervention": np.array(list(INTERVENTIONS)), "fork_loss": forks.transpose(2, 1, 0),
-                     "fork_worst": np.stack([geometric(f).max(0) for f in forks]) if len(forks) else np.zeros((0, len(INTERVENTIONS)))}
+                     "fork_worst": np.array(worst).reshape(-1, len(INTERVENTIONS))}
 
 
 def judge_spikes(arrays, flags):
     """Which intervention just before the first spike removes it?"""
-    worst, claims = arrays["fork_worst"], []
-    again = np.abs(np.log(worst[:, 0] / np.maximum(geometric(arrays["around_loss"]).max(0), 1e-38))) < .7 if len(worst) else np.zeros(0)
-    claims.append(common.claim("replay", "without intervention the replayed run spikes again", "control", "above 1e-3", common.spread(worst[:, 0]),
-                               common.vote((worst[:, 0] > 1e-3) & again) if not flags.smoke else None))
+    worst, quote = arrays["fork_worst"], f'{NOTES}: "probably a gradient spike of unclear provenance"'
+    claims = [common.claim("replay", "without an intervention the replayed run spikes again", "control", "above 1e-3",
+                           worst[:, 0], worst[:, 0] > 1e-3, not flags.smoke)]
     for i, name in list(enumerate(arrays["intervention"].tolist()))[1:]:
-        claims.append(common.claim(f"cause-{name.split()[0]}", f"{name} just before the first spike removes it", NOTES + ': "probably a gradient spike of unclear provenance"',
-                                   "stays below 1e-3", common.spread(worst[:, i]), common.vote(worst[:, i] < 1e-3) if not flags.smoke else None))
+        claims.append(common.claim(f"cause-{name.replace(' ', '-')}",
+                                   f"{name} just before the first spike removes it (up to {SPIKE_AFTER} steps after)", quote,
+                                   "stays below 1e-3", worst[:, i], worst[:, i] < 1e-3, not flags.smoke))
     return claims
 
 
@@ -1490,8 +1562,10 @@ STUDIES = {
     "digit": (compute_digit, judge_digit, {"curves": draw_curves, "delta": draw_delta, "decomposition": draw_decomposition}),
     "sweep": (compute_sweep, judge_sweep, {"rows": draw_rows, "heat": draw_heat}),
     "all": (compute_all, judge_all, {"digits": draw_all}),
-    "anatomy": (compute_anatomy, judge_anatomy, {"attention": draw_attention, "dependence": draw_dependence, "fourier": draw_fourier,
-                                                 "matrices": draw_matrices, "cascade": draw_cascade, "development": draw_development}),
+    "anatomy": (compute_anatomy, judge_anatomy,
+                {"attention": draw_attention, "dependence": draw_dependence, "fourier": draw_fourier,
+                                                 "matrices": draw_matrices, "cascade": draw_cascade,
+                                                 "development": draw_development}),
     "spikes": (compute_spikes, judge_spikes, {"spikes": draw_spikes}),
     "theory": (compute_theory, judge_theory, {"floors": draw_theory}),
 }

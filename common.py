@@ -198,7 +198,7 @@ def shorthand(flags):
     words = [flags.study] if flags.study else []
     for f in dataclasses.fields(flags):
         value = getattr(flags, f.name)
-        if f.name not in HOW | {"study"} and value != getattr(defaults, f.name):
+        if f.name not in HOW | {"study"} and value != getattr(defaults, f.name) and value != []:
             if isinstance(value, bool):
                 words.append(f.name if value else f"no_{f.name}")
             else:
@@ -373,7 +373,7 @@ class Fused:
         self.compiled, self.why = self.decide(flags, example, steps) if compiled is None else (compiled, "as before")
         if self.compiled and steps:
             self.build(example)
-        if compiled is None:
+        if self.compiled != compiled:  # decided here, or decided before and impossible now
             print(f"{'compiled' if self.compiled else 'eager'} ({self.why})", flush=True)
 
     def batched(self, step):
@@ -434,9 +434,10 @@ class Fused:
             mine = tree(lambda x: x[:, i].to(self.at), data)
             rows = []
             for k in range(len(leaves(mine)[0])):
-                if self.at.type == "cuda":
+                if self.at.type == "cuda":  # a captured graph writes its outputs to the same memory every time
                     torch.compiler.cudagraph_mark_step_begin()
-                rows.append(tree(torch.clone, self.step(block, tree(lambda x: x[k], mine), hyper)))
+                out = self.step(block, tree(lambda x: x[k], mine), hyper)
+                rows.append(tree(torch.clone, out) if self.at.type == "cuda" else out)
             logs.append(tree(lambda *xs: torch.stack(xs), *rows))
         return tree(lambda *xs: torch.cat(xs, 1)[:, :self.runs].cpu(), *logs)
 
@@ -470,10 +471,6 @@ class Progress:
 
 
 # ---- The run folder -------------------------------------------------------------------------------------------------
-
-def sha(data):
-    return hashlib.sha256(data).hexdigest()
-
 
 class Folder:
     """One run folder: atomic writes, checksums, a lock, the flags it belongs to, and what the summary needs."""
@@ -511,7 +508,7 @@ class Folder:
     def write(self, name, data):
         """Write bytes under a name: first the checksum (beside the old one), then the file by rename, so that a crash
         between the two leaves a file that is still accepted."""
-        self.sums[name] = self.sums.get(name, []) + [sha(data)]
+        self.sums[name] = self.sums.get(name, []) + [hashlib.sha256(data).hexdigest()]
         try:
             for target, content in (("checksums.json", json.dumps(self.sums, indent=1).encode()), (name, data)):
                 temporary = self.path / f".{target}.tmp"
@@ -530,7 +527,7 @@ class Folder:
             data = (self.path / name).read_bytes()
         except OSError as error:
             raise Stop(f"cannot read {self.path / name}: {error.strerror}") from None
-        if sha(data) not in self.sums.get(name, []):
+        if hashlib.sha256(data).hexdigest() not in self.sums.get(name, []):
             raise Stop(f"{self.path / name} is damaged or foreign: its checksum is not the one recorded; "
                        "--force to start again, or --name another")
         return data
@@ -582,12 +579,10 @@ class Folder:
 
     def trained(self, runs, fused, seconds, steps):
         """Book what a training loop did, for config.json and summary.json."""
-        self.compiled.append(dict(compiled=fused.compiled, why=fused.why, seconds=round(fused.compile_seconds, 2),
-                                  block=fused.size))
-        self.seconds, self.run_steps = self.seconds + seconds, self.run_steps + steps * len(runs)
-        if self.parent:
-            self.parent.compiled.append(self.compiled[-1])
-            self.parent.seconds, self.parent.run_steps = self.parent.seconds + seconds, self.parent.run_steps + steps * len(runs)
+        made = dict(compiled=fused.compiled, why=fused.why, seconds=round(fused.compile_seconds, 2), block=fused.size)
+        for folder in (self, self.parent) if self.parent else (self,):
+            folder.compiled.append(made)
+            folder.seconds, folder.run_steps = folder.seconds + seconds, folder.run_steps + steps * len(runs)
 
     def result(self, runs, metrics, final):
         """Save metrics.npz and one row per run: seed, swept fields, diverged, final metrics {name: [R]}."""
@@ -608,6 +603,7 @@ class Folder:
     def finish(self, rows=None, claims=(), wall=0.):
         """summary.csv, summary.json and config.json of a folder whose work is done (or interrupted)."""
         rows = self.rows if rows is None else rows
+        speed = round(self.run_steps / self.seconds, 3) if self.seconds else None
         text = io.StringIO()
         writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), restval="", lineterminator="\n")
         writer.writeheader()
@@ -615,7 +611,7 @@ class Folder:
         self.write("summary.csv", text.getvalue().encode())
         self.write_json("summary.json", dict(
             experiment=experiment(self.flags), study=self.flags.study, runs=rows, claims=list(claims),
-            wall_seconds=round(wall, 2), run_steps_per_second=round(self.run_steps / self.seconds, 3) if self.seconds else None))
+            wall_seconds=round(wall, 2), run_steps_per_second=speed))
         self.write_json("config.json", config(self.flags, self.compiled, finished=not self.interrupted))
 
 

@@ -681,6 +681,8 @@ def train(runs, folder, evaluate=evaluate):
                          compiled=saved and saved["compiled"])
     fixed, eval_at = evaluation_set(flags), common.marks(flags.steps, flags.evals)
     keep_at = common.marks(flags.steps, flags.snapshots)
+    size = sum(p[0].numel() for p in state["params"].values())
+    print(f"{size:,} parameters a run, {R} runs")
     progress = common.Progress(R, done, flags.steps, f"{flags.study} d_model={flags.d_model} n_heads={flags.n_heads}, {R} runs")
     seconds, data = 0., None
 
@@ -1108,7 +1110,8 @@ def train_groups(groups, folder, evaluate=evaluate):
 
 def curves(parts):
     """The arrays of trained groups side by side: step [T], eval_step [M], loss [T, R], eval_* [M, R, ...], milestones,
-    digit and config [R]. Groups of different length are cut to the shortest."""
+    digit and config [R], and delta_spectrum [R, 2, base], the last of eval_delta. Groups of different length are cut to the
+    shortest."""
     T, M = (min(len(m[k]) for _, _, m, *_ in parts) for k in ("step", "eval_step"))
     runs = [r for part in parts for r in part[0]]
     arrays = {"step": parts[0][2]["step"][:T], "eval_step": parts[0][2]["eval_step"][:M],
@@ -1116,6 +1119,8 @@ def curves(parts):
               "loss": np.concatenate([p[2]["loss"][:T] for p in parts], 1)}
     arrays |= {k: np.concatenate([p[2][k][:M] for p in parts],
                                  1) for k in parts[0][2] if k.startswith("eval_") and k != "eval_step"}
+    if "eval_delta" in arrays:
+        arrays["delta_spectrum"] = arrays["eval_delta"][-1]
     return arrays | {k: np.concatenate([p[4][k] for p in parts]) for k in parts[0][4]}
 
 
@@ -1253,8 +1258,9 @@ def points_of(flags):
 
 
 def compute_sweep(flags, folder):
-    """Train every configuration. Arrays [R]: the swept fields, seed, milestones, end_delta [R, 2, base] (the delta
-    spectrum); curve [R, 200] at curve_step [R, 200], the 10-step geometric mean of the loss at log-spaced steps."""
+    """Train every configuration; table.md in the folder is the result in words. Arrays [R]: the swept fields, seed,
+    milestones, kind (of the level on which a run ends, see shelf_kind), delta_spectrum [R, 2, base]; curve [R, 200] at
+    curve_step [R, 200], the 10-step geometric mean of the loss at log-spaced steps."""
     small = lambda p: p.get("d_model", flags.d_model) <= 4  # sixteen such runs take as long as four
     groups = [g for tiny, points in itertools.groupby(points_of(flags), small)
               for g in common.groups_of_runs(replace(flags, runs=flags.runs * (4 if tiny else 1)), list(points))]
@@ -1263,12 +1269,40 @@ def compute_sweep(flags, folder):
     arrays = {k: np.array([getattr(r, k) for r in runs]) for k in
               ("digit", "d_model", "n_heads", "weight_decay", "eps", "steps", "seed", *common.swept(flags))}
     arrays |= {k: np.concatenate([p[4][k] for p in parts]) for k in parts[0][4]}
-    arrays["end_delta"] = np.concatenate([p[2]["eval_delta"][-1] for p in parts])
+    ends = [evaluate(run, common.run_of(params, r), evaluation_set(flags)) for group, params, *_ in parts
+            for r, run in enumerate(group)]
+    arrays["delta_spectrum"] = np.stack([e["delta"].numpy() for e in ends])
+    arrays["kind"] = np.array([shelf_kind(run, run.digit, *(float(e[k]) for k in ("loss", "pair", "alias")))
+                               for run, e in zip(runs, ends)])
     at = [np.unique(np.geomspace(1, len(p[2]["step"]), 200).round()).astype(int) for p in parts]
     pad = lambda x: np.pad(x.astype(float), [(0, 0), (0, 200 - x.shape[1])], constant_values=np.nan)
     arrays["curve"] = np.concatenate([pad(geometric(p[2]["loss"])[i - 1].T) for i, p in zip(at, parts)])
     arrays["curve_step"] = np.concatenate([pad(np.tile(i, (len(p[0]), 1))) for i, p in zip(at, parts)])
+    folder.write("table.md", table(arrays, flags).encode())
     return arrays
+
+
+def table(arrays, flags):
+    """A markdown table, one row for each configuration: how many seeds converge (10-step mean below 1e-3), the median step
+    of first descent, the final loss and the kind of level that it rests on, and beside it the notes with their verdict."""
+    fields = ("digit", "d_model", "n_heads", "weight_decay", "eps", "steps")
+    keys = list(zip(*(arrays[f].tolist() for f in fields)))
+    verdict = {c["id"]: {True: "agrees", False: "disagrees", None: "undecided"}[c["holds"]] for c in judge_sweep(arrays, flags)}
+    lines = ["| digit | width/heads | decay | steps | converge | descent, median | final loss | ends | the notes say |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for key in sorted(set(keys), key=lambda c: (c[0], c[3], c[4], c[1], c[2])):
+        k, d, heads, decay, eps, steps = key
+        mine = np.array([x == key for x in keys])
+        descent = np.where(np.isnan(arrays["descent"][mine]), np.inf, arrays["descent"][mine])
+        kinds = {x: int((arrays["kind"][mine] == x).sum()) for x in sorted(set(arrays["kind"][mine].tolist()))}
+        said = [f"{sentence}: **{verdict[id]}**" for id, *row, n, _, _, _, sentence in ROWS
+                if id in verdict and row == [k, d, heads, decay] and eps == flags.eps and steps == max(1,
+                                                                                                       n * flags.steps // 5000)]
+        cells = (digit_name(flags, k), f"{d}/{heads}", f"{decay:g}" + f", eps {eps:g}" * (eps != flags.eps), steps,
+                 f"{np.isfinite(arrays['reach'][mine]).sum()} of {mine.sum()}", f"{np.median(descent):.0f}",
+                 common.spread(arrays["final"][mine]), ", ".join(f"{x} {n}" for x, n in kinds.items()), "; ".join(said))
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
 
 
 def judge_sweep(arrays, flags):

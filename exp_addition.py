@@ -1175,7 +1175,7 @@ def judge_digit(arrays, flags):
 STEP = lambda s: ("descent", s / 1.5, s * 1.5)
 LEVEL = lambda x: ("final", x / 1.5, x * 1.5)
 FALLS_TO = lambda x: ("lowest", x / 3, x * 3)
-CONVERGES, STUCK = ("reach", 1, math.inf), ("reach", math.inf, math.inf)  # a step that never comes counts as infinite
+CONVERGES, STUCK = ("reach", 1, 1e9), ("reach", math.inf, math.inf)  # a step that never comes counts as infinite
 U, T, H, K = 0, 1, 2, 3
 ROWS = [
     ("u1", U, 128, 4, 0, 3000, *STEP(120), "decay 0: first descent at 120"),

@@ -388,3 +388,21 @@ def test_commands_in_the_readme_parse():
     assert commands
     for command in commands:
         common.cli(exp.Flags, shlex.split(command.split("#")[0])[1:])
+
+
+def test_the_notes_rows_are_judged_by_what_they_say():
+    flags = exp.Flags(study="sweep", steps=5000, sweep=[])
+    found = {"digit": 1, "d_model": 128, "n_heads": 1, "weight_decay": .25, "eps": 1e-8, "steps": 5000, "seed": 0, "descent": 150.,
+             "reach": np.nan, "lowest": .1, "lowest_step": 4000., "final": .1, "bump": 1., "spikes": 0., "vibration": .1}
+
+    def verdicts(*rows):
+        table = [found | row for row in rows]
+        claims = exp.judge_sweep({k: np.array([r[k] for r in table]) for k in found}, flags)
+        return {c["id"]: c["holds"] for c in claims}
+    assert verdicts(*[{}] * 4)["t1"] is True  # one head: stuck, as the notes say
+    assert verdicts(*[{"reach": 900.}] * 4)["t1"] is False
+    two = {"n_heads": 2}
+    assert verdicts(*[two] * 4)["t2"] is False  # two heads should converge: a step that never comes is no step
+    assert verdicts(*[two | {"reach": 900.}] * 3, two)["t2"] is True
+    assert verdicts(*[two | {"reach": 900.}] * 2, two, two)["t2"] is None
+    assert verdicts(*[two | {"reach": 900.}] * 2)["t2"] is None  # two seeds decide nothing

@@ -131,6 +131,8 @@ def cli(cls, argv=None):
     kinds = typing.get_type_hints(cls)
     parser = argparse.ArgumentParser(prog=f"python {Path(sys.modules[cls.__module__].__file__).name}",
                                      description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
+                                     epilog="\n".join(f"defaults of {study}: {', '.join(f'{k}={v}' for k, v in d.items())}"
+                                                      for study, d in cls.per_study.items()),
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS, exit_on_error=False)
     parser.error = refuse

@@ -884,7 +884,8 @@ def draw_dependence(arrays, flags):
         pairs = [f"{i},{j}" for i in range(D - 1, -1, -1) for j in range(i - 1, -1, -1)]
         left.set(xticks=range(3 * D + len(pairs)), ylabel="share of neurons' variance", title=f"{name}: correlation ratio")
         left.set_xticklabels(inputs + pairs, rotation=90, fontsize=6)
-        left.legend(fontsize=7, loc="upper left")
+        if "dependence_mean" in arrays:
+            left.legend(fontsize=7, loc="upper left")
         labels = [f"head {h}" for h in range(flags.n_heads)] + ["MLP", "= to itself", "skip past MLP"]
         change = [arrays["ablation"][mine][:, :, k], arrays["shortcuts"][mine]]
         if "ablation_group" in arrays:
@@ -932,7 +933,7 @@ def draw_fourier(arrays, flags):
         always = (arrays["neuron_active"][mine] > .99).mean()
         d.set(xlabel="R^2 of the nine terms of the best frequency", ylabel="neurons",
               title=f"{always:.0%} of the neurons are always active")
-    for ax in (a, b, c, d):
+    for ax in (a, b, c, d)[:4 if "neuron_r2" in arrays else 3]:
         ax.legend(fontsize=7)
     return figure
 
@@ -1002,8 +1003,9 @@ def draw_development(arrays, flags):
         common.band(right, x, change[..., -1], "MLP ablated", RED)
         common.band(right, x, change[..., :-1].max(-1), "the most important head ablated", BLUE)
         own = 2 * flags.digits + max(flags.digits - 1 - k, 0)
-        common.band(right, x, arrays["over_dependence_mean"][:, mine, own], "share of neurons' variance from the own column",
-                    GREEN)
+        if "over_dependence_mean" in arrays:
+            share = arrays["over_dependence_mean"][:, mine, own]
+            common.band(right, x, share, "share of neurons' variance from the own column", GREEN)
         right.set(**STEPS, ylabel="increase of loss (nats); share", title=f"{name}: parts")
         for ax in (left, right):
             ax.legend(fontsize=6)

@@ -975,7 +975,7 @@ def draw_cascade(arrays, flags):
         right.plot([], [], color=common.COLOURS[i], label=f"{name} ({mine.sum()} runs)")
         left.plot(range(k + 1), np.median(arrays["cascade_loss"][mine][:, :k + 1], 0), "o", color=common.COLOURS[i], ms=4)
     left.set(yscale="log", xlabel="columns just below k that sum to base - 1", ylabel="loss (nats)",
-             xticks=range(flags.digits + 1))
+             xticks=range(max(k for *_, k in parts) + 1))
     right.set(xticks=range(flags.positions), xticklabels=position_names(flags), yscale="log", xlabel="position",
               ylabel=f"mean |gradient x input| of {flags.probe}")
     common.shelf(left, math.log(flags.base), "log base")

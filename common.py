@@ -827,10 +827,10 @@ def band(ax, x, y, label, colour):
     ax.plot(x, np.nanmedian(y, axis=1), color=colour, lw=1.6, label=f"{label} ({y.shape[1]} run{'s' * (y.shape[1] > 1)}{lost})")
 
 
-def shelf(ax, y, text, colour="grey"):
+def shelf(ax, y, text, colour="grey", side="right"):
     """A dashed horizontal line with its name: a floor, a shelf, chance."""
     ax.axhline(y, color=colour, ls="--", lw=.8, zorder=1)
-    ax.annotate(text, (1, y), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=6.5, color=colour)
+    ax.annotate(text, (side == "right", y), xycoords=("axes fraction", "data"), ha=side, va="bottom", fontsize=6.5, color=colour)
 
 
 def smooth(y, width):

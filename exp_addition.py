@@ -62,7 +62,7 @@ class Flags(common.Flags):
 
     per_study: ClassVar[dict] = {
         "sweep": dict(sweep=[], steps=5000, evals=2),
-        "all": dict(sweep=["answer=teacher,parallel"], batch=64, steps=3000),
+        "all": dict(sweep=["answer=teacher,parallel"], runs=3, batch=64, steps=2000),
         "theory": dict(sweep=[], runs=1),
         "anatomy": dict(runs=3, steps=2000, evals=2, snapshots=24),
         "spikes": dict(sweep=[], digit=1, weight_decay=.5, steps=5000, evals=2),
@@ -824,8 +824,9 @@ def draw_all(arrays, flags):
             common.band(ax, np.maximum(arrays["eval_step"], .7), arrays["eval_digit_loss"][:, mine, k], digit_name(flags, k),
                         common.COLOURS[k % 8])
         if "teacher" in name:
-            common.shelf(ax, teacher_floor(flags.base, 2), "own column and earlier answers")
-            common.shelf(ax, leading_entropy(flags.base, flags.digits), "next to leading digit, sees only the leading one")
+            common.shelf(ax, teacher_floor(flags.base, 2), "own column and earlier answers", side="left")
+            common.shelf(ax, leading_entropy(flags.base, flags.digits), "next to leading digit, sees only the leading one",
+                         side="left")
         common.shelf(ax, carry_entropy(carry_probability(flags.base, 2)), "own column, no carry")
         common.shelf(ax, math.log(flags.base), "log base")
         ax.set(**STEPS, yscale="log", ylim=(1e-5, 5), ylabel="loss (nats)", title=name)

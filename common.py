@@ -830,7 +830,8 @@ def band(ax, x, y, label, colour):
 def shelf(ax, y, text, colour="grey", side="right"):
     """A dashed horizontal line with its name: a floor, a shelf, chance."""
     ax.axhline(y, color=colour, ls="--", lw=.8, zorder=1)
-    ax.annotate(text, (side == "right", y), xycoords=("axes fraction", "data"), ha=side, va="bottom", fontsize=6.5, color=colour)
+    at = dict(xycoords=("axes fraction", "data"), ha=side, va="bottom")
+    ax.annotate(text, (side == "right", y), fontsize=6.5, color=colour, **at)
 
 
 def smooth(y, width):

@@ -7,9 +7,9 @@ but no carry has the loss H(c_k) (.688 nats for the tens, -> log 2), one that kn
 every digit is answered at once; `--answer teacher` feeds the true earlier digits, which leaks: where n_k = base - 1 the
 digit before tells the carry. `--answer parallel` feeds `=` instead.
 
-    python exp_addition.py                                 units and tens at 128/4, 4 seeds: when does each leave its shelf?
-    python exp_addition.py --study anatomy --digit 0       how the units are added: attention, neurons, frequencies, ablations
-    python exp_addition.py --d-model 16 --n-heads 1 --sweep weight_decay=0,1 --steps 5000      a grid of one's own
+    python exp_addition.py                    106 s on one core: when do units and tens, 4 seeds each, leave their shelves?
+    python exp_addition.py --study anatomy    200 s: how they are added: attention, neurons, frequencies, ablations, over time
+    python exp_addition.py --study theory       7 s: every exact shelf, for any --base and --digits
 
 Studies: `digit` (default), `sweep` (a grid, or without --sweep every row of the notes' tables), `all`, `theory` (exact
 floors), `anatomy` (one-layer models taken apart, new ones or those of --checkpoint), `spikes` (what removes the repeated
@@ -1447,7 +1447,7 @@ def compute_theory(flags, folder):
         print(f"  {digit_name(flags, k):14} P(carry in) {arrays['carry_probability'][k]:.6f}   {seen}")
     print(f"  tens, own column and one digit below: {arrays['half_seen'][1]:.6f}")
     print(f"  H(z_{flags.digits - 1} | z_{flags.digits}) = {arrays['leading_entropy']:.6f}")
-    print(f"  a residual stream of one number cannot pass {arrays['one_wide_bound']:.3f} on the units")
+    print(f"  least units' loss found for a residual stream of one number: {arrays['one_wide_bound']:.3f}")
     return arrays
 
 

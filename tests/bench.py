@@ -7,22 +7,20 @@ two different computations would mean nothing. Then they alternate, in one proce
 of the machine hits both. A ratio is the median over these pairs, in brackets the lowest and the highest. Compile
 seconds are those of an empty compiler cache, which is what a first run costs; later runs start from the cache."""
 import argparse
+import contextlib
 import datetime
-import os
 import platform
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-CACHE = tempfile.TemporaryDirectory(prefix="bench-")
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = CACHE.name
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._inductor.utils import fresh_cache
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
 import exp_addition
@@ -34,6 +32,15 @@ def clock(f, *arguments):
     start = time.perf_counter()
     f(*arguments)
     return time.perf_counter() - start
+
+
+def compiled(Fused, *arguments):
+    """Fused(*arguments), compiled from scratch."""
+    with fresh_cache(), contextlib.redirect_stdout(None):
+        fused = Fused(*arguments)
+    if not fused.compiled:
+        raise SystemExit(f"no ratio without a compiler: {fused.why}")
+    return fused
 
 
 def agree(name, notebook, ours, tolerance=1e-4):
@@ -48,16 +55,13 @@ def row(name, runs, notebook, fused, draw, repeats, seconds):
     """One line of the table. notebook(n): losses [n, R] of n steps of each run; draw(n): data [n, R, ..] for fused."""
     ours = lambda n: fused(draw(n))["loss"]
     agree(name, notebook, ours)
-    long = lambda f, n: max(n, round(n * seconds / clock(f, n)))  # steps that take about `seconds`
     chunks = lambda n: [ours(common.CHUNK) for _ in range(n)]
-    notebook(5), ours(5)  # warm
-    steps, count = long(notebook, 2), long(chunks, 1)
-    a, b = [], []
-    for _ in range(repeats):
-        a.append(1e3 * clock(notebook, steps) / (steps * runs))
-        b.append(1e3 * clock(chunks, count) / (count * common.CHUNK * runs))
-    ratios = [x / y for x, y in zip(a, b)]
-    return (f"| {name} | {runs} | {statistics.median(a):.3g} | {statistics.median(b):.3g} | {statistics.median(ratios):.1f} "
+    lasting = lambda f, n: max(n, round(n * seconds / clock(f, n)))  # how many take about `seconds`
+    steps, count = lasting(notebook, 3), lasting(chunks, 1)
+    pairs = [(clock(notebook, steps) / steps, clock(chunks, count) / (count * common.CHUNK)) for _ in range(repeats)]
+    theirs, mine = (1e3 * statistics.median(times) / runs for times in zip(*pairs))
+    ratios = [a / b for a, b in pairs]
+    return (f"| {name} | {runs} | {theirs:.3g} | {mine:.3g} | {statistics.median(ratios):.1f} "
             f"[{min(ratios):.1f}, {max(ratios):.1f}] | {fused.compile_seconds:.0f} |")
 
 
@@ -104,9 +108,6 @@ def addition_row(name, repeats, seconds, runs=1, **fields):
     """warmup=1 is a constant learning rate, which is what a notebook starts with."""
     flags = exp_addition.Flags(study=fields.pop("study", "digit"), sweep=[], warmup=1., compile="on", device="cpu", **fields)
     each = [exp_addition.replace(flags, seed=r, runs=1) for r in range(runs)]
-    for run in each:
-        run.check()
-
     models = [AdditionModel(flags.vocab, flags.positions, flags.d_model, flags.n_heads) for _ in each]
     for model, run in zip(models, each):
         model.load_state_dict(exp_addition.start(run)["params"])
@@ -131,9 +132,7 @@ def addition_row(name, repeats, seconds, runs=1, **fields):
 
     state = common.stack(exp_addition.start(run) for run in each)
     example = torch.zeros(runs, 2 * flags.digits, flags.batch, dtype=torch.uint8)
-    fused = common.Fused(exp_addition.step_of(flags), state, common.numbers(each), example, flags, common.CHUNK)
-    if not fused.compiled:
-        raise SystemExit(f"{name}: {fused.why}")
+    fused = compiled(common.Fused, exp_addition.step_of(flags), state, common.numbers(each), example, flags, common.CHUNK)
     return row(name, runs, notebook, fused, draw, repeats, seconds)
 
 
@@ -145,17 +144,15 @@ ROWS = {
         lambda *a: addition_row("addition 16/4, batch 256", *a, d_model=16, n_heads=4),
         lambda *a: addition_row("addition 16/4, batch 256", *a, d_model=16, n_heads=4, runs=4),
         lambda *a: addition_row("addition 2/2, batch 256", *a, d_model=2, n_heads=2, runs=64),
-        lambda *a: addition_row("addition 128/4, all digits, teacher, batch 64", *a, study="all", d_model=128, n_heads=4, batch=64),
+        lambda *a: addition_row("addition 128/4, all digits, batch 64", *a, study="all", d_model=128, n_heads=4, batch=64),
     ],
 }
 
 
 def processor():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def main():

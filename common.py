@@ -43,7 +43,7 @@ import torch
 from tqdm import tqdm
 
 CHUNK = 100         # steps whose data is drawn at once; part of the definition of every run's random numbers
-BLOCK_NUMBERS = 2 ** 14  # parameters that go through one kernel together on a CPU (64 KB of float32, measured)
+BLOCK_NUMBERS = 2 ** 16  # parameters, gradients, moments and constants of runs that share a kernel on a CPU (measured)
 COMPILE_PAYS = 45.  # seconds of eager training from which a cold compile (20 to 30 s, then 3 times faster or more) pays
 
 
@@ -74,6 +74,7 @@ class Flags:
     device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "where tensors live")
     compile: Literal["auto", "on", "off"] = flag("auto", "compile the step (auto: where the whole run gets shorter)")
     threads: int = flag(1, "CPU threads", low=1)
+    block: int = flag(0, "runs that share a kernel on a CPU (0: by their size; 1 is fastest for a single run)", low=0)
     out: str = flag("", "run folder (default runs/EXPERIMENT/NAME)")
     name: str = flag("", "name of the run folder (default: the flags that were changed)")
     resume: bool = flag(False, "go on with an unfinished run")
@@ -81,7 +82,7 @@ class Flags:
     save_every: float = flag(30., "seconds between checkpoints", low=0)
     snapshots: int = flag(0, "log-spaced copies of the parameters to keep", low=0)
     figures: list[str] = flag([], "names of the figures to draw (default: all of the study)")
-    plot_only: bool = flag(False, "draw the figures again from the saved arrays")
+    plot_only: bool = flag(False, "draw the figures and judge the claims again from the saved arrays")
     smoke: bool = flag(False, "the same path end to end, tiny, in seconds")
 
     per_study: typing.ClassVar[dict] = {}
@@ -259,11 +260,12 @@ def groups_of_runs(flags, points=None):
 
 
 def numbers(runs):
-    """{field: tensor [R]} of every number field of the runs: what a step receives beside state and batch."""
+    """{field: tensor [R]} of every number field of the runs: what a step receives beside state and batch. (A number field
+    that holds text is turned into tensors by the script.)"""
     at, kinds = device(runs[0]), typing.get_type_hints(type(runs[0]))
     return {f.name: torch.tensor([getattr(r, f.name) for r in runs], device=at,
                                  dtype=torch.float32 if kinds[f.name] is float else torch.int32)
-            for f in dataclasses.fields(runs[0]) if f.metadata["number"]}
+            for f in dataclasses.fields(runs[0]) if f.metadata["number"] and kinds[f.name] in (bool, int, float)}
 
 
 def generator(seed, stream, chunk=0):
@@ -346,26 +348,27 @@ def run_of(x, r):
     return tree(lambda t: t[r], x)
 
 
-def block_size(state, at):
-    """Runs that go through one kernel together. On a CPU a power of two up to 16 that keeps the block's parameters in
-    the first-level cache (128-wide: 1; 16-wide: 4; 2-wide: 16), whatever the number of runs, so that a run has the same
-    bits alone and in company; on an accelerator all runs."""
-    params = state["params"]
-    runs, size = len(next(iter(params.values()))), sum(p[0].numel() for p in params.values())
-    return runs if at.type != "cpu" else 2 ** min(4, int(math.log2(max(1, BLOCK_NUMBERS // size))))
+def block_size(flags, params, numbers):
+    """Runs that go through one kernel together. On a CPU a power of two up to 16 that keeps what they compute with in
+    the cache (addition 128-wide: 1; 16-wide: 4; 2-wide: 16), whatever the number of runs, so that a run has the same bits
+    alone and in company; on an accelerator all runs."""
+    if device(flags).type != "cpu":
+        return len(leaves(params)[0])
+    size = sum(x[0].numel() for x in 4 * leaves(params) + leaves(numbers))
+    return flags.block or 2 ** min(4, int(math.log2(max(1, BLOCK_NUMBERS // size))))
 
 
 class Fused:
     """The step of one run as the step of many: `step(state, batch, numbers) -> (state, logs)` on single runs becomes,
     on tensors with a leading axis of runs, blocks of one fixed size (padded), compiled, updated in place.
 
-    state: nested dict of tensors [R, ...] with "params" in it; numbers: dict of tensors [R]; example: data of one step
-    [R, ...]. `compiled`, `why` and `compile_seconds` say what was decided; pass `compiled` of an earlier part of the
-    same run to keep its decision."""
+    state: nested dict of tensors [R, ...] with "params" in it; numbers: what else a step needs of its run, tensors [R, ...];
+    example: data of one step [R, ...]. `compiled`, `why` and `compile_seconds` say what was decided; pass `compiled` of an
+    earlier part of the same run to keep its decision."""
 
     def __init__(self, step, state, numbers, example, flags, steps, compiled=None):
         self.at, self.runs = device(flags), len(leaves(state)[0])
-        self.size = block_size(state, self.at)
+        self.size = block_size(flags, state["params"], numbers)
         padded = torch.arange(-(-self.runs // self.size) * self.size).clamp(max=self.runs - 1)
         self.index = list(padded.split(self.size))
         self.blocks = [tree(lambda x: x[i].clone(), state) for i in self.index]
@@ -830,8 +833,8 @@ def band(ax, x, y, label, colour):
 def shelf(ax, y, text, colour="grey", side="right"):
     """A dashed horizontal line with its name: a floor, a shelf, chance."""
     ax.axhline(y, color=colour, ls="--", lw=.8, zorder=1)
-    at = dict(xycoords=("axes fraction", "data"), ha=side, va="bottom")
-    ax.annotate(text, (side == "right", y), fontsize=6.5, color=colour, **at)
+    at = dict(xycoords=("axes fraction", "data"), textcoords="offset points", ha=side, va="bottom")
+    ax.annotate(text, (side == "right", y), (-3 if side == "right" else 3, 0), fontsize=6.5, color=colour, **at)
 
 
 def smooth(y, width):
@@ -872,7 +875,9 @@ def main(cls, studies, argv=None):
             for name, draw in figures.items():
                 if not flags.figures or name in flags.figures:
                     save_figure(folder, name, draw(arrays, flags))
-            if not flags.plot_only:
+            if flags.plot_only:
+                folder.write_json("summary.json", folder.read_json("summary.json") | {"claims": claims})
+            else:
                 folder.finish(claims=claims, wall=time.perf_counter() - start)
             print_claims(claims)
             lost = sum(row["diverged"] for row in folder.rows)

@@ -608,9 +608,11 @@ class Folder:
     def finish(self, rows=None, claims=(), wall=0.):
         """summary.csv, summary.json and config.json of a folder whose work is done (or interrupted)."""
         rows = self.rows if rows is None else rows
+        named = list(dict.fromkeys(k for row in rows for k in row))  # a group that did not change a field has its default
+        rows = [{k: row[k] if k in row else getattr(self.flags, k, "") for k in named} for row in rows]
         speed = round(self.run_steps / self.seconds, 3) if self.seconds else None
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), restval="", lineterminator="\n")
+        writer = csv.DictWriter(text, named, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         self.write("summary.csv", text.getvalue().encode())

@@ -81,7 +81,7 @@ class Flags(common.Flags):
     evals: int = flag(30, "log-spaced exact evaluations over training", low=2)
 
     per_study: ClassVar[dict] = {
-        "dynamics": dict(nb_1=40, nb_2=40, sampled=1024, steps=1200),
+        "dynamics": dict(nb_1=40, nb_2=40, sampled=1024, steps=600),
         "freeze": dict(n_tokens=10, d_model=5, n_heads=20),
         "scaling": dict(n_tokens=30, d_model=8, n_heads=4, alpha_1=.9, alpha_2=.9, alpha_3=.6, nb_3=0, evals=2),
         "skips": dict(n_heads=10, nb_1=40, nb_2=40, law_seed=0, evals=2),
@@ -784,7 +784,8 @@ def draw_heads(arrays, flags):
     return figure
 
 
-REFERENCE_KL = {"low-rank": {1: 1.29, 2: .494, 3: .124, 5: .0215}, "heads": {1: .852, 2: .503, 5: .093, 10: .025, 20: .0215}}
+REFERENCE_KL = {"low-rank": {1: 1.29, 2: .494, 3: .124, 5: .0215},  # of a prototype, by width and by heads
+                "transformer": {1: .852, 2: .503, 5: .093, 10: .025, 20: .0215}}
 
 
 def draw_superposition(arrays, flags):
@@ -814,7 +815,7 @@ def draw_superposition(arrays, flags):
         if low.any():
             common.shelf(axes[2], arrays["loss"][low].min(), f"best low-rank, k={k:g}: {arrays['loss'][low].min():.3g}",
                          colour, "left")
-    axes[2].plot(*zip(*REFERENCE_KL["heads"].items()), "kx", ms=5, label="prototype, k=0")
+    axes[2].plot(*zip(*REFERENCE_KL["transformer"].items()), "kx", ms=5, label="prototype, k=0")
     axes[2].set(xscale="log", yscale="log", xlabel="heads", ylabel="divergence (nats)", title=f"d_model={flags.d_model}")
     axes[2].legend(fontsize=6)
     for key, colour, name in (("alignment", BLUE, "context with its own token's direction"),
@@ -1303,17 +1304,14 @@ def judge_superposition(arrays, flags):
         return claims
     H, d, N = flags.n_heads, flags.d_model, flags.n_tokens
     get = lambda key="loss", **fields: by_seed(arrays, key, **dict(freeze="", importance=0., n_heads=H, d_model=d) | fields)
-    for width, value in REFERENCE_KL["low-rank"].items():
-        best = get(model="low-rank", d_model=width).min()
-        say(f"low-rank-{width}", f"low-rank, d={width}: best seed no more than 10 % above the prototype's {value}",
-            "prototype, one seed", f"<= {1.1 * value:.3g}", f"{best:.4g}", bool(best <= 1.1 * value))
-    for few, value in REFERENCE_KL["heads"].items():
-        best = get(model="transformer", n_heads=few).min()
-        say(f"heads-{few}", f"transformer, d={d}, H={few}: best seed no more than 10 % above the prototype's {value}",
-            "prototype, one seed", f"<= {1.1 * value:.3g}", f"{best:.4g}", bool(best <= 1.1 * value))
+    for model, field in (("low-rank", "d_model"), ("transformer", "n_heads")):
+        for size, value in REFERENCE_KL[model].items():
+            mine = get(model=model, **{field: size})
+            say(f"{model}-{size}", f"{model}, {field}={size}: {value} lies in the range of our seeds, widened by 10 %",
+                "prototype, one seed", f"{value}", mine, bool(.9 * mine.min() <= value <= 1.1 * mine.max()))
     low, full, frozen = get(model="low-rank"), get(model="transformer"), get(model="transformer", freeze="U")
-    say("reaches-low-rank", f"{H} heads reach the best low-rank divergence within 10 %", "prototype: both .0215", "< 1.1",
-        full / low.min(), full < 1.1 * low.min())
+    say("reaches-low-rank", f"{H} heads reach the low-rank divergence of the same law within 5 %", "prototype: both .0215",
+        "< 1.05", full / low, full < 1.05 * low)
     say("frozen-U", "a U frozen at the low-rank model's costs less than 10 %",
         f"{NOTES}: model.unemb.weight = W_U, requires_grad=False", "< 1.1", frozen / full, frozen < 1.1 * full)
     zero, short = (get(model="low-rank", d_model=width) for width in (N - 1, N - 2))
@@ -1393,6 +1391,9 @@ def judge_capacity(arrays, flags):
         f"{', '.join(map(str, powers))} in {len(powers)} seeds; log-log exponent {exponent:.2f}", powers == 3)
     theirs = best(np.array(list(PAPER_SLOPE)), np.array(list(PAPER_SLOPE.values())))
     say("cubic-in-their-table", "the paper's own slopes prefer d^3", PAPER, "3", f"{theirs}", theirs == 3, True)
+    wide, own = (by_seed(arrays, "accuracy", n_tokens=N, d_model=10, n_heads=6, d_head=h) for h in (30, 0))
+    say("d-head-saturates", "d=10, H=6: heads 30 wide store no more than 10 % more than heads of d (W_Q W_K' has rank d)",
+        f"{PAPER}: H d_head + d", "< 1.1", wide / own, wide < 1.1 * own)
     for width in (7, 10, 13):
         heads_, mlps = (pick(arrays, n_tokens=70, d_model=width) & (arrays["n_heads"] == H) for H in (6, 0))
         mlps &= arrays["d_mlp"] == arrays["d_mlp"][mlps].max()

@@ -1,4 +1,5 @@
 """common.py: flags, runs, random streams, optimisers, the fused loop, the run folder, stopping and resuming, claims."""
+import csv
 import dataclasses
 import errno
 import hashlib
@@ -509,3 +510,16 @@ def test_compare_prints_the_flags_that_differ(made, capsys):
     common.compare([made / "finished", made / "sweep"])
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]}
     assert rows["steps"] == ["20", "40"] and rows["runs"] == ["2", "4"] and "loss" in rows and "batch" not in rows
+
+
+def test_every_row_of_the_summary_names_every_swept_field(tmp_path):
+    """Also in a group whose value is the flag's own."""
+    flags = Flags(sweep=[], d_model=4)
+    flags.argv = []
+    folder = common.Folder(tmp_path, flags)
+    for d, sub in ((4, "a"), (8, "b")):
+        folder.scratch(sub).result([dataclasses.replace(flags, d_model=d)], {"loss": np.zeros((1, 1))}, {"loss": [0.]})
+    folder.finish()
+    rows = list(csv.DictReader((tmp_path / "summary.csv").open()))
+    assert [row["d_model"] for row in rows] == ["4", "8"]
+    assert [row["d_model"] for row in json.loads((tmp_path / "summary.json").read_text())["runs"]] == [4, 8]

@@ -90,6 +90,10 @@ class Flags:
     def check(self):
         """Raise Stop where the values contradict each other."""
 
+    def points(self):
+        """The configurations of the study as dicts of fields; none: one configuration, or the grid of --sweep."""
+        return []
+
 
 # Flags that say how or where to run, not what: they name no folder and are not compared on resume.
 HOW = {"device", "compile", "threads", "out", "name", "resume", "force", "save_every", "figures", "plot_only"}
@@ -180,7 +184,7 @@ def cli(cls, argv=None):
         raise Stop("--device mps: torch sees no MPS device; use --device cpu")
     if flags.plot_only and flags.force:
         raise Stop("--plot-only draws what --force would delete: give one of them")
-    flags.argv = given_argv
+    flags.argv, flags.given = given_argv, set(explicit)
     groups_of_runs(flags)  # every run's flags are checked before anything is written
     return flags
 
@@ -243,9 +247,13 @@ def swept(flags):
 def groups_of_runs(flags, points=None):
     """Runs as lists of Flags, one list for each tensor program: within a list only seeds and number fields differ.
 
-    points: configurations as dicts of fields; by default the grid of --sweep. Run i of a configuration has seed
-    flags.seed + i. (A later sharding over processes cuts these lists, and nothing else needs to know.)"""
+    points: configurations as dicts of fields; by default those of the study, where a flag given on the command line keeps
+    its value, or the grid of --sweep. Run i of a configuration has seed flags.seed + i. (A later sharding over processes cuts
+    these lists, and nothing else needs to know.)"""
     if points is None:
+        own = [p | {k: getattr(flags, k) for k in p if k in getattr(flags, "given", ())} for p in flags.points()]
+        points = [p for i, p in enumerate(own) if p not in own[:i]]
+    if not points:
         grid = swept(flags)
         points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     numbers = {f.name for f in dataclasses.fields(flags) if f.metadata["number"]}
@@ -262,8 +270,8 @@ def groups_of_runs(flags, points=None):
 def numbers(runs):
     """{field: tensor [R]} of every number field of the runs: what a step receives beside state and batch. (A number field
     that holds text is turned into tensors by the script.)"""
-    at, kinds = device(runs[0]), typing.get_type_hints(type(runs[0]))
-    return {f.name: torch.tensor([getattr(r, f.name) for r in runs], device=at,
+    kinds = typing.get_type_hints(type(runs[0]))
+    return {f.name: torch.tensor([getattr(r, f.name) for r in runs],
                                  dtype=torch.float32 if kinds[f.name] is float else torch.int32)
             for f in dataclasses.fields(runs[0]) if f.metadata["number"] and kinds[f.name] in (bool, int, float)}
 
@@ -371,8 +379,8 @@ class Fused:
         self.size = block_size(flags, state["params"], numbers)
         padded = torch.arange(-(-self.runs // self.size) * self.size).clamp(max=self.runs - 1)
         self.index = list(padded.split(self.size))
-        self.blocks = [tree(lambda x: x[i].clone(), state) for i in self.index]
-        self.numbers = [tree(lambda x: x[i].clone(), numbers) for i in self.index]
+        move = lambda x: [tree(lambda leaf: leaf[i].to(self.at, copy=True), x) for i in self.index]
+        self.blocks, self.numbers = move(state), move(numbers)
         self.step = self.eager = self.batched(step)
         self.compile_seconds = 0.
         self.compiled, self.why = self.decide(flags, example, steps) if compiled is None else (compiled, "as before")
@@ -589,8 +597,9 @@ class Folder:
             folder.compiled.append(made)
             folder.seconds, folder.run_steps = folder.seconds + seconds, folder.run_steps + steps * len(runs)
 
-    def result(self, runs, metrics, final):
-        """Save metrics.npz and one row per run: seed, swept fields, diverged, final metrics {name: [R]}."""
+    def result(self, runs, metrics, final, snapshots=None):
+        """Save metrics.npz, snapshots.npz (step [S] and every parameter [S, R, ...]; snapshots: {step as text: params}) and one
+        row per run: seed, swept fields, diverged, final metrics {name: [R]}."""
         fields = [f.name for f in dataclasses.fields(runs[0]) if f.name not in HOW and f.name != "seed"
                   and (f.name in swept(self.flags) or any(getattr(r, f.name) != getattr(self.flags, f.name) for r in runs))
                   and f.name not in ("runs", "sweep")]
@@ -600,6 +609,9 @@ class Folder:
             rows.append({"seed": run.seed, **{f: getattr(run, f) for f in fields},
                          "diverged": not math.isfinite(finals["loss"]), **finals})
         self.write_npz("metrics.npz", metrics)
+        if snapshots:
+            steps = sorted(snapshots, key=int)
+            self.write_npz("snapshots.npz", {"step": np.array(steps, int), **stack(snapshots[step] for step in steps)})
         (self.parent or self).rows += rows
         if self.parent:
             self.finish(rows=rows)

@@ -1104,7 +1104,8 @@ def train_groups(groups, folder, evaluate=evaluate):
         state, metrics, snapshots = train(runs, sub, evaluate)
         blind = np.array([math.log(r.base) if r.study == "all" else floors(r.base, r.digits)[r.digit, 0] for r in runs])
         found = milestones(metrics["loss"], blind)
-        sub.result(runs, metrics, {"loss": metrics["eval_loss"][-1], "accuracy": metrics["eval_accuracy"][-1], **found})
+        sub.result(runs, metrics, {"loss": metrics["eval_loss"][-1], "accuracy": metrics["eval_accuracy"][-1], **found},
+                   snapshots)
         parts.append((runs, state["params"], metrics, snapshots, found))
         if folder.interrupted:
             break

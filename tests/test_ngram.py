@@ -141,6 +141,42 @@ def test_tables_are_the_textbook_model(fields, scale, some):
         assert (da[k] - db[k]).abs().max() < 1e-9 * (1 + da[k].abs().max()), k
 
 
+def by_hand(flags, p, x1, x2):
+    """Logits at position 1 of one pair, in numpy loops from the issue's words, with every option."""
+    p = {k: v.numpy() for k, v in p.items()}
+    normed = lambda h: (h - h.mean()) / np.sqrt(h.var() + 1e-5) if flags.norm else h
+    relu = lambda x: np.maximum(x, 0)
+    res = [p["E"][x1].copy(), p["E"][x2].copy()]
+    for layer in range(flags.n_layers):
+        w = lambda name: p[name + (f"_{layer}" if layer else "")]
+        qk = [normed((not flags.skip_tok_qk) * res[t] + (not flags.skip_pos_qk) * p["P"][t]) for t in (0, 1)]
+        ov = [normed((not flags.skip_tok_ov) * res[t] + (not flags.skip_pos_ov) * p["P"][t]) for t in (0, 1)]
+        new = []
+        for t in (0, 1):
+            out = 0 if flags.skip_residual else res[t]
+            for h in range(flags.n_heads):
+                q, width = qk[t] @ w("W_Q")[h], w("W_Q").shape[2]
+                e = np.exp([q @ (qk[u] @ w("W_K")[h]) / np.sqrt(width) for u in range(t + 1)])
+                out = out + sum(a * (ov[u] @ w("W_V")[h] @ w("W_O")[h]) for u, a in enumerate(e / e.sum()))
+            x = out if flags.n_heads else np.concatenate([ov[0], ov[t]])
+            if flags.d_mlp:
+                for i in range(flags.mlp_depth):
+                    x = relu(x @ w(f"W_in{i or ''}") + w(f"b_in{i or ''}"))
+                out = out + x @ w("W_out")
+            new.append(out)
+        res = new
+    return p["U"] @ res[1]
+
+
+@pytest.mark.parametrize("fields", OPTIONS, ids=str)
+def test_the_textbook_model_by_hand(fields):
+    flags, params, number = made(3., **fields)
+    pairs = torch.tensor([[1, 2], [2, 1], [4, 4], [0, 5]])
+    logits = exp.forward(params, pairs, number, flags)[:, 1]
+    for row, (x1, x2) in zip(logits, pairs.tolist()):
+        assert np.allclose(row, by_hand(flags, params, x1, x2), atol=1e-10)
+
+
 def test_no_position_sees_what_it_predicts():
     """With a third position in P: the answer at position 2 moves nothing at position 1, x2 nothing at position 0."""
     for fields in OPTIONS:
@@ -298,7 +334,7 @@ def folder(tmp_path, flags, name="f"):
 
 def test_a_table_is_learned(tmp_path):
     flags = exp.Flags(n_tokens=10, d_model=5, n_heads=5, steps=300, runs=3)
-    _, metrics, _ = exp.train(common.groups_of_runs(flags)[0], folder(tmp_path, flags))
+    _, metrics, _ = exp.train(common.groups_of_runs(flags, [{}])[0], folder(tmp_path, flags))
     first, last = metrics["eval_accuracy"][[0, -1]]
     assert first.max() < .35 and last.min() > .95 and metrics["eval_loss"][-1].max() < .2
 
@@ -306,7 +342,7 @@ def test_a_table_is_learned(tmp_path):
 @pytest.mark.parametrize("fields", [dict(), dict(sampled=20), dict(nb_1=4, nb_2=4)], ids=str)
 def test_alone_is_in_company(tmp_path, fields):
     flags = exp.Flags(n_tokens=6, d_model=3, n_heads=2, steps=12, runs=3, compile="off", **fields)
-    runs = common.groups_of_runs(flags)[0]
+    runs = common.groups_of_runs(flags, [{}])[0]
     together, logs, _ = exp.train(runs, folder(tmp_path, flags))
     alone, log, _ = exp.train(runs[1:2], folder(tmp_path, flags, "g"))
     for k in alone:
@@ -340,6 +376,49 @@ def test_two_halves_are_a_whole(tmp_path):
     for name in ("metrics.npz", "arrays.npz"):
         a, b = (common.read_npz(tmp_path / f / name, name) for f in ("whole", "cut"))
         assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k], equal_nan=a[k].dtype.kind == "f") for k in a)
+
+
+def test_stopped_at_once_draws_what_there_is(tmp_path, capsys):
+    """Ctrl-C in the first group of a study of several: its own evaluation, no verdict on what did not run, and it resumes."""
+    for study in ("dynamics", "superposition", "capacity", "scaling"):
+        out = ["--study", study, "--steps", "20", "--smoke", "--out", str(tmp_path / study)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(common.Folder, "checkpoint", lambda self, *rest, real=common.Folder.checkpoint, **more: (
+                self.stop.__setitem__(0, True), real(self, *rest, **more)))
+            assert exp.main(out) == 130
+        rows = json.loads((tmp_path / study / "summary.json").read_text())["runs"]
+        assert rows and np.isfinite(rows[0]["loss"]) and "resume" in capsys.readouterr().out
+        assert exp.main([*out, "--resume"]) == 0
+        assert len(json.loads((tmp_path / study / "summary.json").read_text())["runs"]) > len(rows)
+
+
+@pytest.mark.parametrize("study", ["dynamics", "attention", "heads", "superposition"])
+def test_diverged_runs_refute_nothing(tmp_path, study):
+    assert exp.main(["--smoke", "--study", study, "--lr", "1e38", "--out", str(tmp_path / "r")]) == 0
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert any(r["diverged"] for r in summary["runs"]) and all(c["holds"] is not False for c in summary["claims"])
+
+
+def test_snapshots_are_kept(tmp_path):
+    assert exp.main(["--smoke", "--study", "optimum", "--snapshots", "3", "--out", str(tmp_path / "r")]) == 0
+    z, end = (np.load(tmp_path / "r" / f"{name}.npz") for name in ("snapshots", "arrays"))
+    assert z["step"][[0, -1]].tolist() == [0, 10] and np.array_equal(z["U"][-1], end["U"]) and not np.array_equal(z["U"][0],
+                                                                                                                  z["U"][-1])
+
+
+def test_a_given_flag_fixes_its_field(tmp_path):
+    assert exp.main(["--smoke", "--study", "superposition", "--importance", "1", "--out", str(tmp_path / "r")]) == 0
+    assert set(np.load(tmp_path / "r" / "arrays.npz")["importance"]) == {1.}
+
+
+def test_a_frozen_U_is_the_low_rank_one(tmp_path):
+    assert exp.main(["--smoke", "--study", "superposition", "--out", str(tmp_path / "r")]) == 0
+    low, full = (np.load(tmp_path / "r" / f"group{i}" / "arrays.npz") for i in (0, 1))
+    a = np.load(tmp_path / "r" / "arrays.npz")
+    freeze = a["freeze"][a["model"] == "transformer"]
+    assert "C" in low and "E" in full and (freeze == "U").sum() == 4
+    for r, U in enumerate(full["U"]):
+        assert (np.abs(low["U"] - U).max((1, 2)) == 0).any() == (freeze[r] == "U")
 
 
 # ---- from outside ---------------------------------------------------------------------------------------------------
@@ -380,16 +459,30 @@ def test_groups_keep_their_law_and_parameters(tmp_path):
                                                                                                "W_O"} <= set(z.files))
 
 
-STUDIES = list(exp.STUDIES)
+def test_measures_of_known_answer(tmp_path):
+    """U coefficient reproduces what a head writes; a U that spans the leading directions has distance 0."""
+    assert exp.main(["--smoke", "--study", "heads", "--out", str(tmp_path / "h")]) == 0
+    z = np.load(tmp_path / "h" / "arrays.npz")
+    for r in range(2):
+        U = z["U"][r].astype(float)
+        assert np.allclose(z["coefficient"][r] @ U @ U.T, z["contribution"][r], atol=1e-9)
+    assert exp.main(["--smoke", "--study", "subspace", "--steps", "300", "--runs", "1", "--out", str(tmp_path / "s")]) == 0
+    z = np.load(tmp_path / "s" / "arrays.npz")
+    exact = z["dim"] == 3  # d = 3: the law has no more dimensions than U
+    assert z["distance"][exact].max() < .1 < z["distance"][~exact].max() and (z["gap"][exact] > .99).all()
+    assert exp.main(["--smoke", "--study", "optimum", "--steps", "400", "--dim", "3", "--eig-low", "0", "--out",
+                     str(tmp_path / "o")]) == 0
+    z = np.load(tmp_path / "o" / "arrays.npz")  # rank d exactly: nothing is lost by any of them
+    assert all(z[k].max() < 1e-3 for k in ("newton", "trained", "w_star", "least_squares")) and z["transposed"].min() > .1
 
 
-@pytest.mark.parametrize("study", STUDIES)
+@pytest.mark.parametrize("study", list(exp.STUDIES))
 def test_smoke(tmp_path, study):
     out = tmp_path / "r"
     assert exp.main(["--smoke", "--study", study, "--out", str(out)]) == 0
     summary = json.loads((out / "summary.json").read_text())
     claims = {c["id"]: c for c in summary["claims"]}
-    assert claims["loss-above-bound"]["holds"] and claims["accuracy-below-ceiling"]["holds"]
+    assert claims["loss-above-bound"]["holds"] and claims["accuracy-below-ceiling"]["holds"] and len(claims) == 2
     assert {p.stem for p in out.glob("*.png")} == set(exp.STUDIES[study][2])
     assert all(c["source"] and c["measured"] for c in summary["claims"])
     (out / f"{list(exp.STUDIES[study][2])[0]}.png").unlink()
@@ -402,7 +495,8 @@ def test_smoke(tmp_path, study):
     "--sweep n_heads=1,2 lr=1e-2,1e-3", "--study freeze --sweep freeze=E,O", "--study capacity --sweep d_model=2,3",
     "--model low-rank --sweep nb_3=1,2",
     "--study skips --sweep norm=true,false", "--sampled 8 --sweep target=divergence,next-token",
-    "--study superposition --sweep d_model=2,3", "--study scaling --sweep alpha_3=.5,.6",
+    "--study superposition --sweep d_model=2,3", "--sweep n_heads=1,2,3", "--study subspace --sweep lr=.1,.01",
+    "--study capacity --n-tokens 7", "--study scaling --sweep alpha_3=.5,.6",
     "--d-mlp 4 --n-layers 2 --study freeze", "--law gen_d"])
 def test_other_configurations_run(tmp_path, line):
     assert exp.main(["--smoke", "--runs", "1", "--out", str(tmp_path / "r"), *line.split()]) == 0
@@ -410,21 +504,121 @@ def test_other_configurations_run(tmp_path, line):
 
 # ---- claims ---------------------------------------------------------------------------------------------------------
 
-def test_verdicts_follow_the_measurements():
-    """The same judge says true and false."""
-    flags = exp.Flags(study="optimum", **exp.Flags.per_study["optimum"])
+def fake(study):
+    """(flags, arrays) of a study as it runs by default, every measure 1."""
+    flags = exp.Flags(study=study, **exp.Flags.per_study[study])
+    runs = sum(common.groups_of_runs(flags), [])
+    one = np.ones(len(runs))
+    arrays = {f: np.array([getattr(r, f) for r in runs]) for f in exp.COLUMNS}
+    return flags, arrays | {k: one for k in ("loss", "uniform", "ceiling")} | {"bound": 0 * one, "accuracy": .5 * one}
+
+
+def skipped(a):
+    return sum(a[name].astype(int) for name in exp.SKIPS)
+
+
+def table(a, power, heads=1.):
+    """Accuracies of a capacity study in which a head stores d^power / 20 associations per N^2, an MLP 1.5 times as many."""
+    width = np.minimum(np.where(a["d_head"] == 0, a["d_model"], a["d_head"]), a["d_model"])
+    return np.minimum(.03 + heads * 3e-4 * width ** power * np.where(a["n_heads"] == 0, 9., a["n_heads"]), 1)
+
+
+def contributions(good):
+    """One answer 0, two heads, two tokens: each head raises it, too little alone against another wrong token each."""
+    c = np.array([[[3., 4, 0]], [[3, 0, 4]]]) if good else np.array([[[-3., 4, 0]], [[3, -4, 0]]])
+    sign = np.where(np.eye(3), 1., 1) if good else np.zeros((3, 3))
+    return {"contribution": np.stack([c] * 8), "skip_logits": np.zeros((8, 1, 3)), "answer": np.zeros((8, 1), int),
+            "logits": np.stack([c.sum(0)] * 8) + (not good), "sign_agreement": np.stack([sign] * 8)}
+
+
+def curves(a, good):
+    drawn = (a["sampled"] > 0) * 1.
+    answers, low = (a["target"] == "next-token") * (a["nb_3"] == 4), a["model"] == "low-rank"
+    law = 2 + (drawn + answers - 1.99 * low) * (1 if good else -.5)
+    return {"loss": law, "eval_loss": np.stack([law + (not good) * (a["target"] == "next-token")])}
+
+
+def shared(a, good):
+    low = a["model"] == "low-rank"
+    if good:
+        loss = np.where(low, .02, .0205) * np.where(a["d_model"] == 9, 1e-6, 1) / np.where(low & (a["d_model"] == 8), 2, 1)
+    else:
+        loss = np.where(low & (a["d_model"] == 8), 0, 3. + ~low + (a["freeze"] == "U"))
+    return {"loss": loss, "ceiling": loss * 0 + 1, "alignment": loss * 0 + good, "opposite": loss * 0 - good,
+            "simplex_error": loss * 0 + (not good)}
+
+
+FAKES = {  # study -> what makes every claim of ours true (True) or false (False)
+    "dynamics": curves,
+    "freeze": lambda a, good: {"loss": a["uniform"] * (.001 if good else .9)},
+    "scaling": lambda a, good: {"loss": np.exp((1 if good else -1) / 50 * (
+        sum(a[k] for k in ("n_tokens", "alpha_1", "alpha_3"))
+        - sum(a[k] for k in ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "mlp_depth"))))},
+    "skips": lambda a, good: {"loss": np.where(a["skip_pos_qk"], 3. - 2.9 * (not good), 1. + .2 * skipped(a) * good)},
+    "attention": lambda a, good: {"rank_one": np.full((3, 3), .95 if good else .5)},
+    "heads": lambda a, good: contributions(good),
+    "superposition": shared,
+    "subspace": lambda a, good: {"distance": np.where(a["axis_aligned"], .1, .2) + .1 * a["dim"] / 10 if good else
+                                 np.where(a["axis_aligned"], 2., 1.) + a["dim"] / 10,
+                                 "gap": (-1 if good else 1) * (a["dim"] / 10 + 1. - a[
+                                     "axis_aligned"] * (.5 if good else -5))},
+    "optimum": lambda a, good: {k: np.full(8, v) for k, v in (dict(newton=1., newton_gap=0., trained=1.01, w_star=1.05,
+                                                                   least_squares=1.2,
+                                transposed=1.5) if good else dict(newton=1., newton_gap=1., trained=.9, w_star=1.2,
+                                                                  least_squares=1.,
+                                                                  transposed=.9)).items()},
+    "capacity": lambda a, good: {"accuracy": table(a, 3, .15) if good else table(a, 1, .0) * 1e-3},
+}
+SPLIT = {"skip-pos-qk", "positions-hurt-scores", "slope-5", "slope-10", "slope-13", "accuracy-1", "accuracy-11", "accuracy-31",
+         "mlp-7",
+         "mlp-10", "mlp-13", "d-head-saturates", "scaling-d-mlp", "scaling-mlp-depth", "heads-agree", "above-low-rank", "cubic",
+         "more-than-d-head", "alignment-matters"}  # opposite to another claim, or numbers of the paper: tested below or by hand
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # slopes of nothing
+@pytest.mark.parametrize("study", list(exp.STUDIES))
+def test_every_judge_can_say_true_and_false(study):
+    flags, arrays = fake(study)
+    for good in (True, False):
+        claims = exp.STUDIES[study][1](arrays | FAKES[study](arrays, good), flags)
+        verdicts = {c["id"]: c["holds"] for c in claims if c["id"] not in SPLIT}
+        own = {k: v for k, v in verdicts.items() if k not in ("loss-above-bound", "accuracy-below-ceiling")}
+        assert len(claims) > 2 and all(v is good for v in own.values()), (good, own)
+
+
+def test_verdicts_one_by_one():
+    """Each measurement moves its own claim and no other; fewer steps leave all of a study's own claims open."""
+    flags, arrays = fake("optimum")
+    arrays |= FAKES["optimum"](arrays, True)
     one = np.ones(8)
-    arrays = {"loss": one, "bound": one, "ceiling": one, "accuracy": one, "uniform": one, "newton": one, "newton_gap": 0 * one,
-              "trained": 1.01 * one, "w_star": 1.05 * one, "least_squares": 1.2 * one, "transposed": 1.5 * one}
     verdicts = lambda **change: {c["id"]: c["holds"] for c in exp.judge_optimum({**arrays, **change}, flags)}
     assert set(verdicts().values()) == {True}
-    for change, lost in ((dict(loss=.9 * one), "loss-above-bound"), (dict(accuracy=1.1 * one), "accuracy-below-ceiling"),
+    for change, lost in ((dict(bound=1.1 * one), "loss-above-bound"), (dict(accuracy=1.1 * one), "accuracy-below-ceiling"),
                          (dict(least_squares=one), "order"), (dict(w_star=1.15 * one), "w-star-close"),
                          (dict(transposed=.9 * one), "index-mistake"), (dict(newton_gap=one), "newton-certified")):
         assert [k for k, v in verdicts(**change).items() if v is False] == [lost]
     flags.steps = 5
-    assert {c["id"] for c in exp.judge_optimum(arrays, flags) if c["holds"] is None} == {"order", "w-star-close",
-                                                                                         "index-mistake"}
+    assert {k for k, v in verdicts().items() if v is None} == {"order", "w-star-close", "index-mistake"}
+    assert set(exp.judge_optimum({k: v[:4] for k, v in arrays.items()}, flags)[0]) and len(exp.judge_optimum(
+        {k: v[:4] for k, v in arrays.items()}, flags)) == 2  # runs are missing: nothing is said of the whole
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_capacity_judges_the_power_and_the_paper():
+    flags, arrays = fake("capacity")
+    verdict = lambda accuracy: {c["id"]: c["holds"] for c in exp.judge_capacity(arrays | {"accuracy": accuracy}, flags)}
+    assert verdict(table(arrays, 3, .2))["cubic"] is True and verdict(table(arrays, 2, .2))["cubic"] is False
+    assert verdict(table(arrays, 2))["more-than-d-head"] is True and verdict(table(arrays, 1, .1))["more-than-d-head"] is False
+    assert verdict(table(arrays, 2))["theorem"] is True and verdict(0 * table(arrays, 2))["theorem"] is False
+    paper = .1 + .03404 * arrays["n_heads"] * np.where(arrays["d_head"] == 30, 2, 1)
+    assert verdict(paper)["slope-10"] is True and verdict(paper)["slope-5"] is False
+    assert verdict(paper)["d-head-saturates"] is False
+    assert verdict(paper)["accuracy-1"] is True and verdict(paper)["accuracy-31"] is False
+
+
+def test_theorem():
+    assert exp.theorem(50, 0) == .02 and exp.theorem(50, 2500) == pytest.approx(1) and exp.theorem(50, 9999) == pytest.approx(1)
+    assert exp.theorem(50, 100) == pytest.approx(1 / 50 + 49 / 50 * .04)
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
@@ -435,6 +629,11 @@ def test_verdicts_follow_the_measurements():
     ("--study subspace --d-model 12", "--d-model 12 must be below --n-tokens 10"),
     ("--study optimum --dim 4", "--dim 4 must lie in --d-model 5 .. --n-tokens 10"),
     ("--study subspace --dim 11", "--dim 11 must lie in --d-model 5 .. --n-tokens 10"),
+    ("--study optimum --law power_unif", "no zeros"),
+    ("--study freeze --model low-rank", "takes a transformer"), ("--study attention --n-heads 0 --d-mlp 4",
+                                                                 "takes a transformer"),
+    ("--study heads --sweep n_heads=1,2", "compares maps of one shape"), ("--sweep steps=5,6", "end together"),
+    ("--study scaling --nb-1 20", "--nb-1 20 must be at most --n-tokens 10"),
     ("--alpha-3 1.5", "--alpha-3 1.5 must lie in (0, 1]"), ("--alpha-1 0", "--alpha-1 0.0 must lie in (0, 1]"),
     ("--law last_position --likely 1.2", "--likely 1.2 must be"), ("--freeze E+P+QKV+O+U", "leaves nothing to train"),
     ("--freeze E+P+QK+V+O+U", "leaves nothing to train"), ("--freeze X", "X is not one of E P QKV O U QK V"),

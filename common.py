@@ -723,6 +723,8 @@ def ours(path):
 
 def folder_path(flags):
     """Where this run lives; made if need be, so that it can be locked."""
+    if flags.name and (Path(flags.name).name != flags.name or flags.name in (".", "..")):
+        raise Stop(f"--name {flags.name} must be the name of one folder; --out takes a path")
     path = Path(flags.out) if flags.out else Path("runs") / experiment(flags) / (flags.name or shorthand(flags))
     if path.is_dir() and not ours(path):
         raise Stop(f"{path} exists and is no run folder of this project; give another --out or --name")

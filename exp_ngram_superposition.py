@@ -146,58 +146,9 @@ class Flags(common.Flags):
 
 SETTINGS = ("law", "law_seed", "n_tokens", "alpha_1", "alpha_2", "alpha_3", "nb_1", "nb_2", "nb_3", "importance", "likely",
             "dim", "axis_aligned", "eig_high", "eig_low")  # what a law depends on
-SCALED = dict(n_heads=(1, 2, 4, 8, 16), d_model=(2, 4, 8, 16), d_head=(2, 4, 8, 16), n_layers=(1, 2, 3),
-              n_tokens=(10, 20, 30, 50), alpha_1=(.6, .9, 1.), alpha_3=(.3, .6, .9), d_mlp=(16, 64))  # varied one at a time
-LAW_SIZES = ("d_model", "n_tokens", "alpha_1", "alpha_3")  # of these, what the low-rank model depends on
 SKIPS = ("skip_residual", "skip_pos_qk", "skip_tok_qk", "skip_pos_ov", "skip_tok_ov")
 COLUMNS = ("seed", *SETTINGS, "model", "d_model", "n_heads", "d_head", "n_layers", "d_mlp", "mlp_depth", "norm", *SKIPS,
            "freeze", "sampled", "target", "lr")  # what a run depends on
-
-
-def points_of(flags):
-    """The configurations of a study, as dicts of fields."""
-    small = flags.smoke
-    if flags.study == "dynamics":
-        ways = [("transformer", 0, "divergence"), ("low-rank", 0, "divergence"),
-                ("transformer", flags.sampled or 16, "divergence"), ("transformer", flags.sampled or 16, "next-token")]
-        kinds = (1, 4) if flags.law == "power_unif" else (flags.nb_3,)
-        return [dict(model=m, sampled=b, target=t, nb_3=n) for m, b, t in ways for n in kinds]
-    if flags.study == "freeze":
-        subsets = [c for n in range(len(PARTS)) for c in itertools.combinations(PARTS, n)]
-        halves = [("E", "P", half, "O", "U") for half in HALVES]
-        return [dict(freeze="+".join(c)) for c in (subsets[::6] if small else subsets + halves)]
-    if flags.study == "scaling":
-        base = {f: getattr(flags, f) for f in (*SCALED, "alpha_2", "mlp_depth")} | dict(model="transformer")
-        points = [base] + [base | {f: v} for f, values in SCALED.items() for v in values]
-        points += [base | dict(d_mlp=16, mlp_depth=k) for k in (1, 2, 3)]
-        points = [p | dict(alpha_2=p["alpha_1"]) for p in points]  # as the notes, the first two levels alike
-        points += [p | dict(model="low-rank") for p in points if all(p[f] == base[f] for f in SCALED if f not in LAW_SIZES)]
-        return points[::9] if small else points
-    if flags.study == "skips":
-        grid = [dict(zip(SKIPS, v)) for v in itertools.product((False, True), repeat=5)]
-        grid = [p for p in grid if not any(p[f"skip_pos_{x}"] and p[f"skip_tok_{x}"] for x in ("qk", "ov"))]
-        return grid[:4] if small else grid
-    if flags.study == "superposition":
-        sizes = [(d, flags.n_heads) for d in range(1, flags.n_tokens)]
-        few = [(flags.d_model, H) for H in (1, 2, 5, 10) if H < flags.n_heads]
-        point = lambda model, freeze, size: [dict(model=model, freeze=freeze, d_model=size[0], n_heads=size[1], importance=k)
-                                             for k in (0., 2.)]
-        low = sum((point("low-rank", "", size) for size in sizes), [])  # first: their U is what freeze=U freezes
-        full = sum((point("transformer", freeze, size) for size in sizes for freeze in ("", "U")), [])
-        return [p for p in low + full if p["d_model"] == flags.d_model] if small else low + full + sum(
-            (point("transformer", "", size) for size in few), [])
-    if flags.study == "subspace":
-        return [dict(dim=d, axis_aligned=a) for d in range(flags.d_model, flags.n_tokens + 1) for a in (True, False)]
-    if flags.study == "capacity":
-        pairs = [(d, H) for d in range(3, 14) for H in (1, 6, 11)] + [(10, 16), (10, 31)]
-        grid = [dict(n_tokens=flags.n_tokens, d_model=d, d_head=0, d_mlp=0, n_heads=H) for d, H in pairs]
-        grid += [grid[0] | dict(d_model=10, n_heads=6, d_head=h) for h in (2, 5, 20, 30)]
-        for d in (7, 10, 13):  # an MLP with as many numbers as the heads: 3 d m + m = 4 H d^2
-            for H in (2, 6):
-                pair = dict(n_tokens=70, d_model=d, d_head=0)
-                grid += [pair | dict(n_heads=H, d_mlp=0), pair | dict(n_heads=0, d_mlp=round(4 * H * d * d / (3 * d + 1)))]
-        return [p | dict(n_tokens=flags.n_tokens) for p in grid[::9]] if small else grid
-    return []
 
 
 # ---- Data law -------------------------------------------------------------------------------------------------------
@@ -1037,6 +988,57 @@ def draw_capacity(arrays, flags):
 
 TOY = "Elhage et al. 2022, Toy Models of Superposition"
 PAPER, NOTES = "Dana, Pydi & Chevaleyre, Memorization in Attention-only Transformers", "research notes, n-gram notebook"
+
+
+SCALED = dict(n_heads=(1, 2, 4, 8, 16), d_model=(2, 4, 8, 16), d_head=(2, 4, 8, 16), n_layers=(1, 2, 3),
+              n_tokens=(10, 20, 30, 50), alpha_1=(.6, .9, 1.), alpha_3=(.3, .6, .9), d_mlp=(16, 64))  # varied one at a time
+LAW_SIZES = ("d_model", "n_tokens", "alpha_1", "alpha_3")  # of these, what the low-rank model depends on
+
+
+def points_of(flags):
+    """The configurations of a study, as dicts of fields."""
+    small = flags.smoke
+    if flags.study == "dynamics":
+        ways = [("transformer", 0, "divergence"), ("low-rank", 0, "divergence"),
+                ("transformer", flags.sampled or 16, "divergence"), ("transformer", flags.sampled or 16, "next-token")]
+        kinds = (1, 4) if flags.law == "power_unif" else (flags.nb_3,)
+        return [dict(model=m, sampled=b, target=t, nb_3=n) for m, b, t in ways for n in kinds]
+    if flags.study == "freeze":
+        subsets = [c for n in range(len(PARTS)) for c in itertools.combinations(PARTS, n)]
+        halves = [("E", "P", half, "O", "U") for half in HALVES]
+        return [dict(freeze="+".join(c)) for c in (subsets[::6] if small else subsets + halves)]
+    if flags.study == "scaling":
+        base = {f: getattr(flags, f) for f in (*SCALED, "alpha_2", "mlp_depth")} | dict(model="transformer")
+        points = [base] + [base | {f: v} for f, values in SCALED.items() for v in values]
+        points += [base | dict(d_mlp=16, mlp_depth=k) for k in (1, 2, 3)]
+        points = [p | dict(alpha_2=p["alpha_1"]) for p in points]  # as the notes, the first two levels alike
+        points += [p | dict(model="low-rank") for p in points if all(p[f] == base[f] for f in SCALED if f not in LAW_SIZES)]
+        return points[::9] if small else points
+    if flags.study == "skips":
+        grid = [dict(zip(SKIPS, v)) for v in itertools.product((False, True), repeat=5)]
+        grid = [p for p in grid if not any(p[f"skip_pos_{x}"] and p[f"skip_tok_{x}"] for x in ("qk", "ov"))]
+        return grid[:4] if small else grid
+    if flags.study == "superposition":
+        sizes = [(d, flags.n_heads) for d in range(1, flags.n_tokens)]
+        few = [(flags.d_model, H) for H in (1, 2, 5, 10) if H < flags.n_heads]
+        point = lambda model, freeze, size: [dict(model=model, freeze=freeze, d_model=size[0], n_heads=size[1], importance=k)
+                                             for k in (0., 2.)]
+        low = sum((point("low-rank", "", size) for size in sizes), [])  # first: their U is what freeze=U freezes
+        full = sum((point("transformer", freeze, size) for size in sizes for freeze in ("", "U")), [])
+        return [p for p in low + full if p["d_model"] == flags.d_model] if small else low + full + sum(
+            (point("transformer", "", size) for size in few), [])
+    if flags.study == "subspace":
+        return [dict(dim=d, axis_aligned=a) for d in range(flags.d_model, flags.n_tokens + 1) for a in (True, False)]
+    if flags.study == "capacity":
+        pairs = [(d, H) for d in range(3, 14) for H in (1, 6, 11)] + [(10, 16), (10, 31)]
+        grid = [dict(n_tokens=flags.n_tokens, d_model=d, d_head=0, d_mlp=0, n_heads=H) for d, H in pairs]
+        grid += [grid[0] | dict(d_model=10, n_heads=6, d_head=h) for h in (2, 5, 20, 30)]
+        for d in (7, 10, 13):  # an MLP with as many numbers as the heads: 3 d m + m = 4 H d^2
+            for H in (2, 6):
+                pair = dict(n_tokens=70, d_model=d, d_head=0)
+                grid += [pair | dict(n_heads=H, d_mlp=0), pair | dict(n_heads=0, d_mlp=round(4 * H * d * d / (3 * d + 1)))]
+        return [p | dict(n_tokens=flags.n_tokens) for p in grid[::9]] if small else grid
+    return []
 
 
 def train_groups(flags, folder, given=lambda run, parts: {}):

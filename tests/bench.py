@@ -254,6 +254,7 @@ ROWS = {
     "addition": [
         lambda *a: addition_row("addition 128/4, batch 256", *a, d_model=128, n_heads=4),
         lambda *a: addition_row("addition 16/4, batch 256", *a, d_model=16, n_heads=4),
+        lambda *a: addition_row("addition 16/4, batch 256, --block 1", *a, d_model=16, n_heads=4, block=1),
         lambda *a: addition_row("addition 16/4, batch 256", *a, d_model=16, n_heads=4, runs=4),
         lambda *a: addition_row("addition 2/2, batch 256", *a, d_model=2, n_heads=2, runs=64),
         lambda *a: addition_row("addition 128/4, all digits, batch 64", *a, study="all", d_model=128, n_heads=4, batch=64),

@@ -523,3 +523,10 @@ def test_every_row_of_the_summary_names_every_swept_field(tmp_path):
     rows = list(csv.DictReader((tmp_path / "summary.csv").open()))
     assert [row["d_model"] for row in rows] == ["4", "8"]
     assert [row["d_model"] for row in json.loads((tmp_path / "summary.json").read_text())["runs"]] == [4, 8]
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", "/tmp/x"])
+def test_a_name_stays_in_its_folder(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*BASE, "--name", name]) == 2
+    assert "must be the name of one folder" in capsys.readouterr().err and not list(tmp_path.rglob("*"))

@@ -712,6 +712,9 @@ def train(runs, folder, evaluate=evaluate):
         folder.checkpoint(fused, b, log, snapshots, force=b == flags.steps)
         if folder.interrupted:
             break
+    if b not in eval_at:  # stopped before the end: what is saved is the state of now
+        eval_at.append(b)
+        look(b)
     folder.trained(runs, fused, seconds, b - done)
     metrics = {k: torch.cat(v).numpy() for k, v in log.items()}
     return fused.state(), {"step": np.arange(1, len(metrics["loss"]) + 1), **metrics}, snapshots

@@ -477,6 +477,15 @@ def infimum(run):
     return 0. if run.d_model >= run.n_tokens - 1 or table and run.d_model >= 2 else math.nan
 
 
+def first_token_share(attention, x2):
+    """Share of the variance of attention [H, C] over contexts that is left among those of equal x2, mean over heads: how much
+    of it the first token decides. NaN where attention is constant."""
+    groups = torch.nn.functional.one_hot(x2).to(attention.dtype)  # [C, N]
+    mean = (attention @ groups / groups.sum(0).clamp(min=1))[:, x2]
+    within, total = (attention - mean).square().sum(1), (attention - attention.mean(1, keepdim=True)).square().sum(1)
+    return (within / total).mean()
+
+
 def margin(logits, answer):
     """Correct minus best wrong logit: logits [..., C, N], answer [C] -> [..., C]."""
     correct = np.take_along_axis(logits, np.broadcast_to(answer[:, None], (*logits.shape[:-1], 1)), -1)[..., 0]
@@ -536,8 +545,8 @@ def start(flags, given=None):
 def constants(runs):
     """What differs between runs beside state and batch, [R, ...]: the number fields, the law, and for each part of the model
     whether it is free (1) or frozen (0)."""
-    laws = common.stack({k: v.float() if v.is_floating_point() else v for k,
-                         v in contexts(law_of(run)).items()} for run in runs)
+    single = lambda x: x.float() if x.is_floating_point() else x
+    laws = common.stack(common.tree(single, contexts(law_of(run))) for run in runs)
     laws["entropy"] = entropy(laws["next"])
     laws["answers"] = torch.tensor([run.target == "next-token" for run in runs])
     if not runs[0].sampled:  # contexts last: the axis along which the exact step vectorises
@@ -582,12 +591,12 @@ def train(runs, folder, given=lambda run: {}):
     def draw(chunk):  # [CHUNK, R, sampled]; the exact loss needs no data
         if not flags.sampled:
             return torch.zeros(common.CHUNK, R)
-        drawn = [sample(law, common.generator(run.seed, "train", chunk), common.CHUNK, flags.sampled) for run,
-                 law in zip(runs, laws)]
+        drawn = [sample(law, common.generator(run.seed, "train", chunk), common.CHUNK, flags.sampled)
+                 for run, law in zip(runs, laws)]
         return common.tree(lambda *x: torch.stack(x, 1), *drawn)
 
-    fused = common.Fused(step_of(flags), state, constants(runs), common.tree(lambda x: x[0], draw(0)), flags,
-                         flags.steps - done,
+    example = common.tree(lambda x: x[0], draw(0))
+    fused = common.Fused(step_of(flags), state, constants(runs), example, flags, flags.steps - done,
                          compiled=saved and saved["compiled"])
     eval_at, keep_at = common.marks(flags.steps, flags.evals), common.marks(flags.steps, flags.snapshots)
     size = sum(p[0].numel() for p in state["params"].values())
@@ -720,6 +729,18 @@ def draw_levels(arrays, flags):
     ax.axvline(arrays["uniform"].mean(), color="grey", ls="--", lw=.8)
     ax.annotate("uniform", (arrays["uniform"].mean(), len(rows) - .4), fontsize=6.5, color="grey", ha="right")
     ax.set(xscale="log", xlabel=f"divergence after {flags.steps} steps (nats); {flags.runs} seeds, red: median")
+    return figure
+
+
+def draw_first_token(arrays, flags):
+    """Divergence against the share of the attention's variance that the first token decides."""
+    figure, (ax,) = common.panels(1, "Heads that look at positions look less at the first token", flags, size=(6.5, 4.2))
+    for skip, colour, name in ((False, RED, "positions in the scores"), (True, BLUE, "no positions in the scores")):
+        mine = arrays["skip_pos_qk"] == skip
+        ax.plot(arrays["first_share"][mine], arrays["loss"][mine], "o", ms=3, color=colour, label=f"{name} ({mine.sum()} runs)")
+    common.shelf(ax, arrays["uniform"].mean(), "answers uniformly: log N - H")
+    ax.set(yscale="log", xlabel="share of the attention's variance left at equal second token", ylabel="divergence (nats)")
+    ax.legend(fontsize=7)
     return figure
 
 
@@ -1095,6 +1116,16 @@ def compute_levels(flags, folder):
     return train_groups(flags, folder)[1]
 
 
+def compute_skips(flags, folder):
+    """As compute_levels, with first_share [R], the share of the attention's variance that the first token decides (one-layer
+    transformers, else NaN)."""
+    parts, columns = train_groups(flags, folder)
+    share = [first_token_share(heads(params, number_of(run), run, (law["x1"], law["x2"]))[0], law["x2"])
+             if run.model == "transformer" and run.n_heads and run.n_layers == 1 else math.nan
+             for run, params, law in each_run(parts)]
+    return columns | {"first_share": np.array(share, float)}
+
+
 def compute_dynamics(flags, folder):
     """As compute_levels, with eval_step [M], eval_loss, eval_accuracy [M, R]."""
     parts, columns = train_groups(flags, folder)
@@ -1313,6 +1344,10 @@ def judge_skips(arrays, say, flags):
     ratio = level("skip_pos_qk") / level()
     say("positions-hurt-scores", "without positions in the scores the divergence is less than half", "this project", "< 0.5",
         ratio, ratio < .5)
+    seen = lambda *on: by_seed(arrays, "first_share", **{name: name in on for name in SKIPS})
+    more = seen("skip_pos_qk") - seen()
+    say("positions-blind", "without positions in the scores attention depends more on the first token", "this project",
+        "share of variance: difference > 0", more, more > 0)
 
 
 @judged
@@ -1447,7 +1482,7 @@ STUDIES = {
         "scaling_model": draw_scaling(("n_heads", "d_model", "d_head", "n_layers"), "Divergence against the size of the model"),
         "scaling_law": draw_scaling(("n_tokens", "alpha_1", "alpha_3"), "Divergence against the law"),
         "scaling_mlp": draw_scaling(("d_mlp", "mlp_depth"), "Divergence with an MLP after attention")}),
-    "skips": (compute_levels, judge_skips, {"skips": draw_levels}),
+    "skips": (compute_skips, judge_skips, {"skips": draw_levels, "first_token": draw_first_token}),
     "attention": (compute_attention, judge_attention, {"attention": draw_attention}),
     "heads": (compute_heads, judge_heads, {"heads": draw_heads}),
     "superposition": (compute_superposition, judge_superposition, {

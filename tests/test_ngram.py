@@ -554,7 +554,8 @@ FAKES = {  # study -> what makes every claim of ours true (True) or false (False
     "scaling": lambda a, good: {"loss": np.exp((1 if good else -1) / 50 * (
         sum(a[k] for k in ("n_tokens", "alpha_1", "alpha_3"))
         - sum(a[k] for k in ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "mlp_depth"))))},
-    "skips": lambda a, good: {"loss": np.where(a["skip_pos_qk"], 3. - 2.9 * (not good), 1. + .2 * skipped(a) * good)},
+    "skips": lambda a, good: {"loss": np.where(a["skip_pos_qk"], 3. - 2.9 * (not good), 1. + .2 * skipped(a) * good),
+                              "first_share": .5 + (.1 if good else -.1) * a["skip_pos_qk"]},
     "attention": lambda a, good: {"rank_one": np.full((3, 3), .95 if good else .5)},
     "heads": lambda a, good: contributions(good),
     "superposition": shared,
@@ -614,6 +615,13 @@ def test_capacity_judges_the_power_and_the_paper():
     assert verdict(paper)["slope-10"] is True and verdict(paper)["slope-5"] is False
     assert verdict(paper)["d-head-saturates"] is False
     assert verdict(paper)["accuracy-1"] is True and verdict(paper)["accuracy-31"] is False
+
+
+def test_first_token_share():
+    """1 for attention that the first token decides, 0 for attention that the second decides, a half for their sum."""
+    x1, x2 = torch.cartesian_prod(torch.arange(5), torch.arange(5)).T
+    for attention, share in ((x1, 1), (x2, 0), (x1 + x2, .5)):
+        assert exp.first_token_share(attention[None].double(), x2).item() == pytest.approx(share, abs=1e-9)
 
 
 def test_theorem():

@@ -6,12 +6,12 @@ attention reads h = E[x] + P, residual stream E[x2] + sum of heads, logits = res
 context, logits = C U^T. With two tokens attention is one sigmoid per head and pair, so a step works on tables of tokens and
 never forms a sequence. For each trained U the least possible divergence is computed and certified (`best_vectors`).
 
-    python exp_ngram_superposition.py                           DYN s on one core: how fast is a law learned, 5 heads, N = 100?
-    python exp_ngram_superposition.py --study freeze             FRZ s: which parts of the model hold the memory?
-    python exp_ngram_superposition.py --study superposition      SUP min: how do 10 tokens share 1 to 9 directions?
+    python exp_ngram_superposition.py                           113 s on one core: how fast is a law learned, 5 heads, N = 100?
+    python exp_ngram_superposition.py --study freeze             53 s: which parts of the model hold the memory?
+    python exp_ngram_superposition.py --study superposition      6 min: how do 10 tokens share 1 to 9 directions?
 
 Studies: `dynamics` (default), `freeze`, `scaling`, `skips`, `attention`, `heads`, `superposition`, `subspace`, `optimum`,
-`capacity` (CAP min); one figure or more each. arrays.npz holds, one entry a run: settings, loss (exact divergence),
+`capacity` (half an hour); one figure or more each. arrays.npz holds, one entry a run: settings, loss (exact divergence),
 accuracy, entropy, uniform, ceiling, bound, parameters, and what the docstrings of `compute_*` name. pi1, pi2, pi3 (leading
 axis: laws; law_index: which of them a run has) and E, P, W_Q, W_K, W_V, W_O, U (leading axis: runs) lie beside them, or in
 group*/arrays.npz where shapes differ. metrics.npz: loss [T, R] every step, eval_loss, eval_accuracy [M, R] at eval_step.

@@ -6,7 +6,7 @@ attention reads h = E[x] + P, residual stream E[x2] + sum of heads, logits = res
 context, logits = C U^T. With two tokens attention is one sigmoid per head and pair, so a step works on tables of tokens and
 never forms a sequence. For each trained U the least possible divergence is computed and certified (`best_vectors`).
 
-    python exp_ngram_superposition.py                           113 s on one core: how fast is a law learned, 5 heads, N = 100?
+    python exp_ngram_superposition.py                           116 s on one core: how fast is a law learned, 5 heads, N = 100?
     python exp_ngram_superposition.py --study freeze             53 s: which parts of the model hold the memory?
     python exp_ngram_superposition.py --study superposition      6 min: how do 10 tokens share 1 to 9 directions?
 
@@ -81,7 +81,7 @@ class Flags(common.Flags):
     evals: int = flag(30, "log-spaced exact evaluations over training", low=2)
 
     per_study: ClassVar[dict] = {
-        "dynamics": dict(nb_1=40, nb_2=40, sampled=1024, steps=600),
+        "dynamics": dict(nb_1=40, nb_2=40, sampled=1024, steps=500),
         "freeze": dict(n_tokens=10, d_model=5, n_heads=20),
         "scaling": dict(n_tokens=30, d_model=8, n_heads=4, alpha_1=.9, alpha_2=.9, alpha_3=.6, nb_3=0, evals=2),
         "skips": dict(n_heads=10, nb_1=40, nb_2=40, law_seed=0, evals=2),

@@ -142,7 +142,7 @@ def test_tables_are_the_textbook_model(fields, scale, some):
 
 
 def by_hand(flags, p, x1, x2):
-    """Logits at position 1 of one pair, in numpy loops from the issue's words, with every option."""
+    """Logits at position 1 of one pair, in numpy loops, with every option."""
     p = {k: v.numpy() for k, v in p.items()}
     normed = lambda h: (h - h.mean()) / np.sqrt(h.var() + 1e-5) if flags.norm else h
     relu = lambda x: np.maximum(x, 0)

@@ -167,11 +167,11 @@ def power_unif_law(alphas, nb, n_tokens, generator):
     return pi
 
 
-def from_logits(logits):
-    """Law with independent uniform x1, x2 and pi_3 = softmax(logits [N^2, N])."""
-    N = logits.shape[1]
+def uniform_pairs(after):
+    """Law with independent uniform x1, x2 and pi_3 = after [N^2, N]."""
+    N = after.shape[1]
     uniform = torch.full((N, N), 1 / N, dtype=torch.float64)
-    return [uniform[0], uniform, logits.double().softmax(-1).view(N, N, N)]
+    return [uniform[0], uniform, after.view(N, N, N)]
 
 
 def last_position_law(n_tokens, k, p, generator):
@@ -180,20 +180,15 @@ def last_position_law(n_tokens, k, p, generator):
     g = torch.multinomial((1 - torch.arange(N) / N) ** k, N * N, replacement=True, generator=generator)
     after = torch.full((N * N, N), (1 - p) / (N - 1), dtype=torch.float64)
     after[torch.arange(N * N), g] = p
-    return [*from_logits(torch.zeros(N * N, N))[:2], after.view(N, N, N)]
-
-
-def directions(n_tokens, dim, axis_aligned, generator):
-    """W [N, dim]: the first columns of the identity, or of a Gaussian matrix."""
-    W = torch.eye(n_tokens) if axis_aligned else torch.randn(n_tokens, n_tokens, generator=generator)
-    return W[:, :dim].double()
+    return uniform_pairs(after)
 
 
 def gen_d_law(n_tokens, dim, axis_aligned, generator):
-    """pi_3 = softmax(0.1 W z), z ~ N(0, I_dim) for each context. Returns pi and W [N, dim]."""
-    W = directions(n_tokens, dim, axis_aligned, generator)
-    z = torch.randn(n_tokens ** 2, dim, generator=generator).double()
-    return from_logits(.1 * z @ W.T), W
+    """pi_3 = softmax(0.1 W z), z ~ N(0, I_dim) for each context, W [N, dim] the first columns of the identity, or of a Gaussian
+    matrix. Returns pi and W."""
+    W = torch.eye(n_tokens) if axis_aligned else torch.randn(n_tokens, n_tokens, generator=generator)
+    W, z = W[:, :dim].double(), torch.randn(n_tokens ** 2, dim, generator=generator).double()
+    return uniform_pairs((.1 * z @ W.T).softmax(-1)), W
 
 
 def almost_rank_d(n_tokens, d, axis_aligned, eig_high, eig_low, generator):
@@ -203,7 +198,7 @@ def almost_rank_d(n_tokens, d, axis_aligned, eig_high, eig_low, generator):
     right = torch.eye(n_tokens, dtype=torch.float64) if axis_aligned else orthogonal(n_tokens, n_tokens)
     values = torch.full((n_tokens,), eig_low, dtype=torch.float64)
     values[:d] = eig_high
-    return from_logits(orthogonal(n_tokens ** 2, n_tokens) * values @ right.T)
+    return uniform_pairs((orthogonal(n_tokens ** 2, n_tokens) * values @ right.T).softmax(-1))
 
 
 def law_of(flags):
@@ -261,7 +256,7 @@ def named(layer):
 
 def init(flags, generator):
     """Parameters of one run: E [N, d], P [2, d], U [N, d]; W_Q, W_K, W_V [H, d, d_head], W_O [H, d_head, d]; an MLP
-    W_in, b_in, (W_mid, b_mid), W_out; low-rank: C [N^2, d] and U."""
+    W_in, b_in (deeper ones W_in1, b_in1, ..), W_out; low-rank: C [N^2, d] and U."""
     N, d, (H, d_head) = flags.n_tokens, flags.d_model, flags.heads
     uniform = lambda bound, *shape: (2 * torch.rand(shape, generator=generator) - 1) * bound
     if flags.model == "low-rank":
@@ -373,8 +368,7 @@ def pair_of(flags, law):
 
 
 def context_vectors(run, params, law):
-    """(e [C, d], U [N, d]) in float64: the residual vectors that U reads."""
-    params = {k: p.double() for k, p in params.items()}
+    """(e [C, d], U [N, d]): the residual vectors that U reads."""
     return residual(params, number_of(run), run, pair_of(run, law)).T, params["U"]
 
 
@@ -393,7 +387,7 @@ def best_vectors(U, after, iterations=40, good=1e-9):
     U^T q = U^T after. The Newton step D of row c gives such a q to first order: softmax(U c)_x (1 + (u_x - mean u) D); it
     counts where it is nonnegative, else 0 does. (A look-up table's infimum is often 0, at infinity.)"""
     c, H = torch.zeros(len(after), U.shape[1], dtype=U.dtype), entropy(after)
-    value = lambda c: torch.logsumexp(c @ U.T, 1) - (after * (c @ U.T)).sum(1) - H
+    value = lambda c: cross_entropy(U @ c.T, after.T) - H
 
     def newton(c):
         q = (c @ U.T).softmax(1)
@@ -542,11 +536,11 @@ def start(flags, given=None):
     return {"params": params, **common.adam_init(params)}
 
 
-def constants(runs):
+def constants(runs, laws):
     """What differs between runs beside state and batch, [R, ...]: the number fields, the law, and for each part of the model
-    whether it is free (1) or frozen (0)."""
+    whether it is free (1) or frozen (0). laws: the `contexts` of each run."""
     single = lambda x: x.float() if x.is_floating_point() else x
-    laws = common.stack(common.tree(single, contexts(law_of(run))) for run in runs)
+    laws = common.stack(common.tree(single, law) for law in laws)
     laws["entropy"] = entropy(laws["next"])
     laws["answers"] = torch.tensor([run.target == "next-token" for run in runs])
     if not runs[0].sampled:  # contexts last: the axis along which the exact step vectorises
@@ -576,9 +570,9 @@ def step_of(flags):
     return step
 
 
-def train(runs, folder, given=lambda run: {}):
-    """Train runs of one shape, resuming where the folder has a checkpoint; given(run): parameters that take the place of the
-    initial ones. Returns the final parameters {name: [R, ...]}, metrics {name: [T, R]} and snapshots {step: params}."""
+def train(runs, laws, folder, given=lambda run: {}):
+    """Train runs of one shape on their laws, resuming where the folder has a checkpoint; given(run): parameters that take the
+    place of the initial ones. Returns parameters {name: [R, ...]}, metrics {name: [T, R]} and snapshots {step: params}."""
     flags, R = runs[0], len(runs)
     state = common.stack(start(run, given(run)) for run in runs)
     saved = folder.resume(like=state)
@@ -586,7 +580,6 @@ def train(runs, folder, given=lambda run: {}):
     if saved:
         state, done, snapshots = {"params": saved["params"], **saved["optimiser"]}, saved["step"], saved["snapshots"]
         log = {k: [v] for k, v in saved["metrics"].items()}
-    laws = [contexts(law_of(run)) for run in runs]
 
     def draw(chunk):  # [CHUNK, R, sampled]; the exact loss needs no data
         if not flags.sampled:
@@ -596,7 +589,7 @@ def train(runs, folder, given=lambda run: {}):
         return common.tree(lambda *x: torch.stack(x, 1), *drawn)
 
     example = common.tree(lambda x: x[0], draw(0))
-    fused = common.Fused(step_of(flags), state, constants(runs), example, flags, flags.steps - done,
+    fused = common.Fused(step_of(flags), state, constants(runs, laws), example, flags, flags.steps - done,
                          compiled=saved and saved["compiled"])
     eval_at, keep_at = common.marks(flags.steps, flags.evals), common.marks(flags.steps, flags.snapshots)
     size = sum(p[0].numel() for p in state["params"].values())
@@ -1068,12 +1061,12 @@ def train_groups(flags, folder, given=lambda run, parts: {}):
     groups, parts, columns, kept = common.groups_of_runs(flags), [], {}, {}
     for i, runs in enumerate(groups):
         sub = folder.sub(i, len(groups))
-        params, metrics, snapshots = train(runs, sub, lambda run: given(run, parts))
         laws = [contexts(law_of(run)) for run in runs]
+        params, metrics, snapshots = train(runs, laws, sub, lambda run: given(run, parts))
         final = {"loss": metrics["eval_loss"][-1], "accuracy": metrics["eval_accuracy"][-1],
-                 **{k: torch.stack([known(law)[k] for law in laws]).numpy() for k in known(laws[0])},
-                 "bound": np.array([bound(common.run_of(params, r), law) for r, law in enumerate(laws)])}
-        final["infimum"] = np.array([infimum(run) for run in runs])
+                 **stacked([known(law) for law in laws]),
+                 "bound": np.array([bound(common.run_of(params, r), law) for r, law in enumerate(laws)]),
+                 "infimum": np.array([infimum(run) for run in runs])}
         sub.result(runs, metrics, final, snapshots)
         kept = kept_arrays(runs, params)
         if len(groups) > 1:
@@ -1171,8 +1164,7 @@ def compute_attention(flags, folder):
 def compute_heads(flags, folder):
     """As compute_levels, with attention [R, H, C], contribution [R, H, C, N] of each head to each logit and skip_logits
     [R, C, N] of the residual, which sum to the logits [R, C, N] of the textbook model; coefficient [R, H, C, N], each head's
-    vector in the basis of U
-    (minimum norm); answer [R, C], the likeliest; sign_agreement [R, N, N]."""
+    vector in the basis of U (minimum norm); answer [R, C], the likeliest; sign_agreement [R, N, N]."""
     parts, columns = train_groups(flags, folder)
     rows = []
     for run, params, law in each_run(parts):
@@ -1264,8 +1256,8 @@ def judged(judge):
         claims, finite = [], np.isfinite(arrays["loss"])
 
         def say(id, statement, source, expected, measured, agree, enough=flags.steps >= own.steps):
-            if isinstance(agree, np.ndarray):  # a diverged run has no vote
-                agree = agree[np.isfinite(measured)] if not isinstance(measured, str) else agree
+            if isinstance(agree, np.ndarray) and not isinstance(measured, str):
+                agree = agree[np.isfinite(measured)]  # a diverged run has no vote
             claims.append(common.claim(id, statement, source, expected, measured, agree, enough))
 
         sound, under = ((arrays[a] - arrays[b])[finite] for a, b in (("loss", "bound"), ("ceiling", "accuracy")))

@@ -213,7 +213,7 @@ def ngram_row(name, repeats, seconds, runs=1, **fields):
         return common.tree(lambda *x: torch.stack(x, 1), *drawn)
 
     state = common.stack(exp_ngram.start(run) for run in each)
-    fused = compiled(common.Fused, exp_ngram.step_of(flags), state, exp_ngram.constants(each),
+    fused = compiled(common.Fused, exp_ngram.step_of(flags), state, exp_ngram.constants(each, laws),
                      common.tree(lambda x: x[0], draw(1)), flags, common.CHUNK)
     mine = [common.generator(run.seed, "train") for run in each]
     return row(name, runs, notebook, fused, draw, repeats, seconds)
@@ -236,8 +236,7 @@ def ngram_reach(level, every=20, limit=300., **fields):
         theirs += clock(lambda: [ngram_step(model, optimiser, *batch) for batch in itertools.islice(batches, every)])
     ours = [replace(run, sampled=0, target="divergence", seed=s, law_seed=0) for s in range(3)]
     fused = compiled(common.Fused, exp_ngram.step_of(ours[0]), common.stack(exp_ngram.start(r) for r in ours),
-                     exp_ngram.constants(ours),
-                     torch.zeros(3), ours[0], common.CHUNK)
+                     exp_ngram.constants(ours, [law] * 3), torch.zeros(3), ours[0], common.CHUNK)
     mine, loss = fused.compile_seconds, [level + 1]
     while max(loss) > level and mine < limit:
         start = time.perf_counter()

@@ -201,7 +201,8 @@ def test_initial_values():
 def loss_of(flags, params, batch):
     """The loss that the training step reports, from its own code."""
     state = {"params": {k: p.float() for k, p in params.items()}, **common.adam_init({k: p.float() for k, p in params.items()})}
-    return exp.step_of(flags)(state, batch, common.run_of(exp.constants([flags]), 0))[1]["loss"].item()
+    constants = exp.constants([flags], [exp.contexts(exp.law_of(flags))])
+    return exp.step_of(flags)(state, batch, common.run_of(constants, 0))[1]["loss"].item()
 
 
 @pytest.mark.parametrize("nb_2", [0, 3])
@@ -332,9 +333,13 @@ def folder(tmp_path, flags, name="f"):
     return common.Folder(tmp_path / name, flags)
 
 
+def trained(runs, folder):
+    return exp.train(runs, [exp.contexts(exp.law_of(run)) for run in runs], folder)
+
+
 def test_a_table_is_learned(tmp_path):
     flags = exp.Flags(n_tokens=10, d_model=5, n_heads=5, steps=300, runs=3)
-    _, metrics, _ = exp.train(common.groups_of_runs(flags, [{}])[0], folder(tmp_path, flags))
+    _, metrics, _ = trained(common.groups_of_runs(flags, [{}])[0], folder(tmp_path, flags))
     first, last = metrics["eval_accuracy"][[0, -1]]
     assert first.max() < .35 and last.min() > .95 and metrics["eval_loss"][-1].max() < .2
 
@@ -343,8 +348,8 @@ def test_a_table_is_learned(tmp_path):
 def test_alone_is_in_company(tmp_path, fields):
     flags = exp.Flags(n_tokens=6, d_model=3, n_heads=2, steps=12, runs=3, compile="off", **fields)
     runs = common.groups_of_runs(flags, [{}])[0]
-    together, logs, _ = exp.train(runs, folder(tmp_path, flags))
-    alone, log, _ = exp.train(runs[1:2], folder(tmp_path, flags, "g"))
+    together, logs, _ = trained(runs, folder(tmp_path, flags))
+    alone, log, _ = trained(runs[1:2], folder(tmp_path, flags, "g"))
     for k in alone:
         assert torch.equal(together[k][1], alone[k][0])
     assert (logs["loss"][:, 1] == log["loss"][:, 0]).all()
@@ -353,7 +358,7 @@ def test_alone_is_in_company(tmp_path, fields):
 @pytest.mark.parametrize("freeze", ["O", "E+P+U", "QK", "V+U", "E+P+QKV+O"])
 def test_frozen_parts_do_not_move(tmp_path, freeze):
     flags = exp.Flags(n_tokens=6, d_model=3, n_heads=2, steps=5, runs=1, freeze=freeze)
-    params, *_ = exp.train([flags], folder(tmp_path, flags))
+    params, *_ = trained([flags], folder(tmp_path, flags))
     before = exp.start(flags)["params"]
     for k in params:
         assert torch.equal(params[k][0], before[k]) == (k in flags.frozen), k

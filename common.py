@@ -483,6 +483,59 @@ class Progress:
             self.bar.close()
 
 
+def train(runs, folder, state, numbers, step, draw, evaluate, eval_at, label=""):
+    """Train runs of one shape together, from the folder's checkpoint if it has one. state: their step 0 and numbers: their
+    constants, [R, ...]; step: the training step of one run; draw(r, chunk): the data of CHUNK steps of run r, [CHUNK, ...];
+    evaluate(r, params): what is logged at the steps `eval_at`. Returns the final state, metrics (what a step logs [T, R] with
+    step [T], what is evaluated [M, R, ...] as eval_* with eval_step [M]) and snapshots {step as text: params}."""
+    flags, R = runs[0], len(runs)
+    saved = folder.resume(like=state)
+    done, log, snapshots = 0, {}, {}
+    if saved:
+        state, done, snapshots = {"params": saved["params"], **saved["optimiser"]}, saved["step"], saved["snapshots"]
+        log = {k: [v] for k, v in saved["metrics"].items()}
+    draw_all = lambda chunk: tree(lambda *x: torch.stack(x, 1), *(draw(r, chunk) for r in range(R)))  # [CHUNK, R, ...]
+    data = draw_all(done // CHUNK)
+    fused = Fused(step, state, numbers, tree(lambda x: x[0], data), flags, flags.steps - done,
+                  compiled=saved and saved["compiled"])
+    eval_at, keep_at = list(eval_at), marks(flags.steps, flags.snapshots)
+    print(f"{sum(p[0].numel() for p in state['params'].values()):,} parameters a run, {R} runs")
+    progress, seconds = Progress(R, done, flags.steps, f"{label}, {R} runs"), 0.
+
+    def look(at):
+        params = fused.state()["params"]
+        if at in eval_at:
+            seen = stack(evaluate(r, run_of(params, r)) for r in range(R))
+            for k, v in {"step": torch.tensor(at), **seen}.items():
+                log.setdefault(f"eval_{k}", []).append(v[None])
+        if at in keep_at:
+            snapshots[str(at)] = params
+
+    if not done:
+        look(0)
+    b = done
+    for a, b in segments(done, flags.steps, {*eval_at, *keep_at}):
+        if a % CHUNK == 0 and a > done:
+            data = draw_all(a // CHUNK)
+        clock = -time.perf_counter()
+        logs = fused(tree(lambda x: x[a % CHUNK:][:b - a], data))
+        seconds += clock + time.perf_counter()
+        for k, v in logs.items():
+            log.setdefault(k, []).append(v)
+        if b in eval_at or b in keep_at:
+            look(b)
+        progress(b, logs["loss"][-1].nanmedian().item())
+        folder.checkpoint(fused, b, log, snapshots, force=b == flags.steps)
+        if folder.interrupted:
+            break
+    if b not in eval_at:  # stopped before the end: what is saved is the state of now
+        eval_at.append(b)
+        look(b)
+    folder.trained(runs, fused, seconds, b - done)
+    metrics = {k: torch.cat(v).numpy() for k, v in log.items()}
+    return fused.state(), {"step": np.arange(1, len(metrics["loss"]) + 1), **metrics}, snapshots
+
+
 # ---- The run folder -------------------------------------------------------------------------------------------------
 
 class Folder:

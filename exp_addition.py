@@ -20,7 +20,6 @@ Claims are quoted from research notes of 2023-04-18; "128/4" is d_model/n_heads.
 """
 import itertools
 import math
-import time
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -666,58 +665,15 @@ def step_of(flags):
 
 
 def train(runs, folder, evaluate=evaluate):
-    """Train runs of one shape, resuming where the folder has a checkpoint. Returns the final state
-    {"params": {name: [R, ...]}, "m", "v", "t"}, metrics {name: [T, R]} and snapshots {step: params} (steps as text)."""
-    flags, R = runs[0], len(runs)
-    state = common.stack(start(run) for run in runs)
-    saved = folder.resume(like=state)
-    done, log, snapshots = 0, {}, {}
-    if saved:
-        state, done, snapshots = {"params": saved["params"], **saved["optimiser"]}, saved["step"], saved["snapshots"]
-        log = {k: [v] for k, v in saved["metrics"].items()}
-    draw = lambda chunk: torch.stack([sample(run, common.generator(run.seed, "train", chunk), common.CHUNK, run.batch)
-                                      for run in runs], 1)  # [CHUNK, R, 2D, batch]
-    fused = common.Fused(step_of(flags), state, common.numbers(runs), draw(0)[0], flags, flags.steps - done,
-                         compiled=saved and saved["compiled"])
-    fixed, eval_at = evaluation_set(flags), common.marks(flags.steps, flags.evals)
-    keep_at = common.marks(flags.steps, flags.snapshots)
-    size = sum(p[0].numel() for p in state["params"].values())
-    print(f"{size:,} parameters a run, {R} runs")
-    progress = common.Progress(R, done, flags.steps, f"{flags.study} d_model={flags.d_model} n_heads={flags.n_heads}, {R} runs")
-    seconds, data = 0., None
+    """Train runs of one shape: `common.train` on fresh digits every step, evaluated on one fixed set."""
+    flags, fixed = runs[0], evaluation_set(runs[0])
+    return common.train(
+        runs, folder, common.stack(start(run) for run in runs), common.numbers(runs), step_of(flags),
+        draw=lambda r, chunk: sample(runs[r], common.generator(runs[r].seed, "train", chunk), common.CHUNK, flags.batch),
+        evaluate=lambda r, params: evaluate(runs[r], params, fixed), eval_at=common.marks(flags.steps, flags.evals),
+        label=f"{flags.study} d_model={flags.d_model} n_heads={flags.n_heads}")
 
-    def look(step):
-        params = fused.state()["params"]
-        if step in eval_at:
-            seen = common.stack(evaluate(run, common.run_of(params, r), fixed) for r, run in enumerate(runs))
-            for k, v in {"step": torch.tensor(step), **seen}.items():
-                log.setdefault(f"eval_{k}", []).append(v[None])
-        if step in keep_at:
-            snapshots[str(step)] = params
 
-    if not done:
-        look(0)
-    b = done
-    for a, b in common.segments(done, flags.steps, {*eval_at, *keep_at}):
-        if data is None or a % common.CHUNK == 0:
-            data = draw(a // common.CHUNK)
-        clock = -time.perf_counter()
-        logs = fused(data[a % common.CHUNK:][:b - a])
-        seconds += clock + time.perf_counter()
-        for k, v in logs.items():
-            log.setdefault(k, []).append(v)
-        if b in eval_at or b in keep_at:
-            look(b)
-        progress(b, logs["loss"][-1].nanmedian().item())
-        folder.checkpoint(fused, b, log, snapshots, force=b == flags.steps)
-        if folder.interrupted:
-            break
-    if b not in eval_at:  # stopped before the end: what is saved is the state of now
-        eval_at.append(b)
-        look(b)
-    folder.trained(runs, fused, seconds, b - done)
-    metrics = {k: torch.cat(v).numpy() for k, v in log.items()}
-    return fused.state(), {"step": np.arange(1, len(metrics["loss"]) + 1), **metrics}, snapshots
 # ---- Figures --------------------------------------------------------------------------------------------------------
 
 DIGITS = ["units", "tens", "hundreds", "thousands"]

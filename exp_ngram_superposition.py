@@ -22,7 +22,6 @@ Transformers", whose experiments these are, and from a prototype of this project
 import itertools
 import math
 import re
-import time
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -571,66 +570,16 @@ def step_of(flags):
 
 
 def train(runs, laws, folder, given=lambda run: {}):
-    """Train runs of one shape on their laws, resuming where the folder has a checkpoint; given(run): parameters that take the
-    place of the initial ones. Returns parameters {name: [R, ...]}, metrics {name: [T, R]} and snapshots {step: params}."""
-    flags, R = runs[0], len(runs)
-    state = common.stack(start(run, given(run)) for run in runs)
-    saved = folder.resume(like=state)
-    done, log, snapshots = 0, {}, {}
-    if saved:
-        state, done, snapshots = {"params": saved["params"], **saved["optimiser"]}, saved["step"], saved["snapshots"]
-        log = {k: [v] for k, v in saved["metrics"].items()}
-
-    def draw(chunk):  # [CHUNK, R, sampled]; the exact loss needs no data
-        if not flags.sampled:
-            return torch.zeros(common.CHUNK, R)
-        drawn = [sample(law, common.generator(run.seed, "train", chunk), common.CHUNK, flags.sampled)
-                 for run, law in zip(runs, laws)]
-        return common.tree(lambda *x: torch.stack(x, 1), *drawn)
-
-    example = common.tree(lambda x: x[0], draw(0))
-    fused = common.Fused(step_of(flags), state, constants(runs, laws), example, flags, flags.steps - done,
-                         compiled=saved and saved["compiled"])
-    eval_at, keep_at = common.marks(flags.steps, flags.evals), common.marks(flags.steps, flags.snapshots)
-    size = sum(p[0].numel() for p in state["params"].values())
-    label = f"{flags.study} N={flags.n_tokens} d={flags.d_model} " + (
-        f"H={flags.n_heads}" if flags.model == "transformer" else "low-rank") + f", {R} runs"
-    print(f"{size:,} parameters a run, {R} runs")
-    progress = common.Progress(R, done, flags.steps, label)
-    seconds, data = 0., None
-
-    def look(step):
-        params = fused.state()["params"]
-        if step in eval_at:
-            seen = common.stack(evaluate(run, common.run_of(params, r), laws[r]) for r, run in enumerate(runs))
-            for k, v in {"step": torch.tensor(step), **seen}.items():
-                log.setdefault(f"eval_{k}", []).append(v[None])
-        if step in keep_at:
-            snapshots[str(step)] = params
-
-    if not done:
-        look(0)
-    b = done
-    for a, b in common.segments(done, flags.steps, {*eval_at, *keep_at}):
-        if data is None or a % common.CHUNK == 0:
-            data = draw(a // common.CHUNK)
-        clock = -time.perf_counter()
-        logs = fused(common.tree(lambda x: x[a % common.CHUNK:][:b - a], data))
-        seconds += clock + time.perf_counter()
-        for k, v in logs.items():
-            log.setdefault(k, []).append(v)
-        if b in eval_at or b in keep_at:
-            look(b)
-        progress(b, logs["loss"][-1].nanmedian().item())
-        folder.checkpoint(fused, b, log, snapshots, force=b == flags.steps)
-        if folder.interrupted:
-            break
-    if b not in eval_at:  # stopped before the end: what is saved is the state of now
-        eval_at.append(b)
-        look(b)
-    folder.trained(runs, fused, seconds, b - done)
-    metrics = {k: torch.cat(v).numpy() for k, v in log.items()}
-    return fused.state()["params"], {"step": np.arange(1, len(metrics["loss"]) + 1), **metrics}, snapshots
+    """Train runs of one shape on their laws: `common.train`, with draws [CHUNK, sampled] where the loss is not exact;
+    given(run): parameters that take the place of the initial ones."""
+    flags = runs[0]
+    draws = lambda r, chunk: sample(laws[r], common.generator(runs[r].seed, "train", chunk), common.CHUNK, flags.sampled)
+    return common.train(
+        runs, folder, common.stack(start(run, given(run)) for run in runs), constants(runs, laws), step_of(flags),
+        draw=draws if flags.sampled else lambda r, chunk: torch.zeros(common.CHUNK),
+        evaluate=lambda r, params: evaluate(runs[r], params, laws[r]), eval_at=common.marks(flags.steps, flags.evals),
+        label=f"{flags.study} N={flags.n_tokens} d={flags.d_model} "
+        + (f"H={flags.n_heads}" if flags.model == "transformer" else "low-rank"))
 
 
 # ---- Figures --------------------------------------------------------------------------------------------------------
@@ -1062,7 +1011,8 @@ def train_groups(flags, folder, given=lambda run, parts: {}):
     for i, runs in enumerate(groups):
         sub = folder.sub(i, len(groups))
         laws = [contexts(law_of(run)) for run in runs]
-        params, metrics, snapshots = train(runs, laws, sub, lambda run: given(run, parts))
+        state, metrics, snapshots = train(runs, laws, sub, lambda run: given(run, parts))
+        params = state["params"]
         final = {"loss": metrics["eval_loss"][-1], "accuracy": metrics["eval_accuracy"][-1],
                  **stacked([known(law) for law in laws]),
                  "bound": np.array([bound(common.run_of(params, r), law) for r, law in enumerate(laws)]),

@@ -86,7 +86,8 @@ def test_half_seen_teacher_and_leading_floors_are_those_of_an_enumeration():
     base, digits = 3, 3
     assert exp.half_seen_floor(base, 1) == pytest.approx(bayes_loss(base, digits, 1, lambda a, b, z: (a[1], b[1], a[0])))
     assert exp.half_seen_floor(base, 2) == pytest.approx(bayes_loss(base, digits, 2, lambda a, b, z: (a[2], b[2], a[1])))
-    assert exp.teacher_floor(base, 1) == pytest.approx(bayes_loss(base, digits, 1, lambda a, b, z: (a[1:], b[1:], tuple(z[2:]))))
+    assert exp.teacher_floor(base, 1) == pytest.approx(
+        bayes_loss(base, digits, 1, lambda a, b, z: (a[1:], b[1:], tuple(z[2:]))))
     assert exp.leading_entropy(base, digits) == pytest.approx(bayes_loss(base, digits, digits - 1, lambda a, b, z: z[digits]))
 
 

@@ -24,6 +24,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import types
 import typing
@@ -40,6 +41,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.animation import PillowWriter
 from tqdm import tqdm
 
 CHUNK = 100         # steps whose data is drawn at once; part of the definition of every run's random numbers
@@ -251,7 +253,8 @@ def groups_of_runs(flags, points=None):
     its value, or the grid of --sweep. Run i of a configuration has seed flags.seed + i. (A later sharding over processes cuts
     these lists, and nothing else needs to know.)"""
     if points is None:
-        own = [p | {k: getattr(flags, k) for k in p if k in getattr(flags, "given", ())} for p in flags.points()]
+        fixed = set(getattr(flags, "given", ())) - {"steps"}  # a study's own steps are made from --steps
+        own = [p | {k: getattr(flags, k) for k in p if k in fixed} for p in flags.points()]
         points = [p for i, p in enumerate(own) if p not in own[:i]]
     if not points:
         grid = swept(flags)
@@ -846,14 +849,15 @@ def vote(agree, least=3):
 
 
 def spread(values, digits=3):
-    """'median [lowest, highest], n seeds' of one number per run; runs that are not finite are named, never averaged."""
+    """'median [lowest, highest], n seeds' of one number per run; runs that are not finite are named, never averaged: infinite
+    is what was never reached."""
     values = np.asarray(values, float)
-    good = values[np.isfinite(values)]
-    lost = f", {len(values) - len(good)} without a value" if len(good) < len(values) else ""
+    good, never, lost = values[np.isfinite(values)], np.isinf(values).sum(), np.isnan(values).sum()
+    left = f", {never} never" * bool(never) + f", {lost} without a value" * bool(lost)
     if not len(good):
-        return f"no value in {len(values)} seeds"
+        return f"no value in {len(values)} seeds" + left * bool(never)
     f = f"{{:.{digits}g}}".format
-    return f"{f(np.median(good))} [{f(good.min())}, {f(good.max())}], {len(values)} seeds{lost}"
+    return f"{f(np.median(good))} [{f(good.min())}, {f(good.max())}], {len(values)} seeds{left}"
 
 
 VERDICTS = {True: "holds", False: "FALSE", None: "open"}
@@ -991,10 +995,23 @@ def interruptible(folder):
 
 
 def save_figure(folder, name, figure):
+    """Write a figure as NAME.png; an animation, (figure, number of frames, draw(i)), as NAME.gif."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
+    if isinstance(figure, tuple):
+        figure, frames, draw = figure
+        with tempfile.TemporaryDirectory() as there:
+            writer = PillowWriter(fps=3)
+            with writer.saving(figure, f"{there}/{name}.gif", dpi=80):
+                for i in range(frames):
+                    draw(i)
+                    writer.grab_frame()
+                    figure.set_layout_engine("none")  # the first frame's layout stays
+            buffer.write(Path(there, f"{name}.gif").read_bytes())
+    else:
+        figure.savefig(buffer, format="png", dpi=130)
+    suffix = "gif" if buffer.getvalue()[:3] == b"GIF" else "png"
     plt.close(figure)
-    folder.write(f"{name}.png", buffer.getvalue())
+    folder.write(f"{name}.{suffix}", buffer.getvalue())
 
 
 def compare(paths):

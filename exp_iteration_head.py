@@ -81,7 +81,7 @@ class Flags(common.Flags):
         "base": dict(snapshots=30),
         "circuit": dict(steps=3000), "baselines": dict(steps=2500), "transfer": dict(steps=3000), "mix": dict(steps=2500),
         "scaling": dict(steps=2500), "curriculum": dict(steps=2500), "positions": dict(steps=2000),
-        "longer": dict(steps=5000, evals=50), "heads": dict(steps=3000),
+        "longer": dict(steps=4000), "heads": dict(steps=3000),
         "induction": dict(mlp=False, norm="rms", lr=3e-3, batch=32, snapshots=30, evals=75),
         "smoke": dict(steps=4, runs=1, max_length=3, d_model=8, batch=8, evals=2, n_eval=4, snapshots=3,
                       n_tokens=4, seq_length=8)}
@@ -912,6 +912,12 @@ def dots(ax, x, values, colour, label=None, marker="o"):
         shown[0][0].set_label(label)
 
 
+def legend(ax, size=7):
+    """A legend, where there is something to name."""
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize=size)
+
+
 def log_steps(ax, arrays, label):
     """A logarithmic axis of steps, also where no run got there."""
     ax.set(yscale="log", ylabel=label, ylim=(max(1, np.nanmin(np.where(arrays["step"] > 0, arrays["step"], np.nan))) * .7,
@@ -966,8 +972,7 @@ def draw_base(arrays, flags):
     ax.set(xlabel="t (query EoI for t = 0, then s_t)", ylabel="mean attention on the ideal cell", ylim=(-.02, 1.05))
     common.shelf(ax, .5, "counted as peaked above")
     for ax in axes:
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=7)
+        legend(ax)
     return figure
 
 
@@ -984,8 +989,7 @@ def draw_configurations(arrays, flags):
         dots(axes[2], i, arrays["accuracy"][every == name, -1], colour)
     for ax, words in zip(axes, ("accuracy", label)):
         ax.set(xlabel="step", ylabel=words, ylim=(-.02, 1.05))
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=6.5)
+        legend(ax, 6.5)
     axes[2].set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=6.5)
     axes[2].set(ylabel="accuracy at the end", ylim=(-.03, 1.05))
     return figure
@@ -1075,7 +1079,7 @@ def draw_baselines(arrays, flags):
                 label="blind guess of the last state")
         ax.set(xlabel="length L", ylabel="accuracy at the end", ylim=(-.03, 1.05))
         ax.set_title(task, fontsize=9)
-        ax.legend(fontsize=6.5)
+        legend(ax, 6.5)
     return figure
 
 
@@ -1102,7 +1106,7 @@ def draw_transfer(arrays, flags):
         ax.set_xticks(range(len(sizes)), [f"Lmax {L}" for L in sizes])
         log_steps(ax, arrays, "steps")
         ax.set_title(f"{source} to {task}", fontsize=9)
-        ax.legend(fontsize=6.5)
+        legend(ax, 6.5)
     return figure
 
 
@@ -1116,7 +1120,7 @@ def draw_transfer_score(arrays, flags):
             curve(ax, arrays, head_of(arrays, "second"), mine, f"Lmax {L}", colour)
         ax.set(xlabel="step of the second training", ylabel="share of ideal cells above 0.5", ylim=(-.02, 1.05))
         ax.set_title(f"{source} to {task}", fontsize=9)
-        ax.legend(fontsize=7)
+        legend(ax)
     return figure
 
 
@@ -1147,7 +1151,7 @@ def draw_mix(arrays, flags):
         for ax in axes[2 * row:2 * row + 2]:
             ax.set(xlabel="share of parity (diamond: rare task weighted up)")
             ax.set_title(f"parity with {partner}", fontsize=9)
-            ax.legend(fontsize=7)
+            legend(ax)
     return figure
 
 
@@ -1193,7 +1197,7 @@ def draw_batch(arrays, flags):
     for i, ax in enumerate(axes):
         ax.set(xlabel=("step", "examples")[i % 2], xscale="log", ylim=(-.02, 1.05),
                ylabel=("accuracy, all states", "share of x_t cells above 0.5")[i // 2])
-        ax.legend(fontsize=7)
+        legend(ax)
     return figure
 
 
@@ -1208,7 +1212,7 @@ def draw_curriculum(arrays, flags):
         for ax, label in zip(axes[2 * i:], ("accuracy, all states", "share of x_t cells above 0.5")):
             ax.set(xlabel="step", ylabel=label, ylim=(-.02, 1.05))
             ax.set_title(task, fontsize=9)
-            ax.legend(fontsize=7)
+            legend(ax)
     return figure
 
 
@@ -1229,7 +1233,7 @@ def draw_positions(arrays, flags):
     for ax, label in zip(axes, ("accuracy, all states, end", "share of x_t cells above 0.5, end")):
         ax.set(ylabel=label, ylim=(-.03, 1.05), xlabel="coordinates of positions")
         ax.set_xticks(range(len(kinds)), [name for name, _ in kinds])
-        ax.legend(fontsize=7)
+        legend(ax)
     for ax, task in zip(axes[2:], tasks):
         for (name, kind), colour in zip(kinds, common.COLOURS):
             mine = pick(arrays, task=task, omit_length=out, **kind)
@@ -1243,7 +1247,7 @@ def draw_positions(arrays, flags):
             ax.text(out, .02, " left out", fontsize=7, color="grey")
         ax.set(xlabel="length L", ylabel="accuracy, all states", ylim=(-.03, 1.05))
         ax.set_title(task, fontsize=9)
-        ax.legend(fontsize=7)
+        legend(ax)
     return figure
 
 
@@ -1260,7 +1264,7 @@ def draw_longer(arrays, flags):
                                 "attention on EoI, best head",
                                 "entropy of the rows that look up x_t, nats")):
         ax.set(xlabel="step", ylabel=label)
-        ax.legend(fontsize=7)
+        legend(ax)
     axes[0].set(yscale="log")
     return figure
 
@@ -1311,7 +1315,7 @@ def draw_circuit(arrays, flags):
     image(axes[3], np.median(first, 0), f"{tasks[0]}: attention on x_t by position (t = L + 1: s_L on EoI)", figure, "t", "L",
           extent=(.5, first.shape[2] + .5, first.shape[1] + .5, .5))
     for ax in axes[:3]:
-        ax.legend(fontsize=7)
+        legend(ax)
     return figure
 
 
@@ -1326,7 +1330,7 @@ def draw_subtraction(arrays, flags):
               "position of the query",
               "L (EoI at L + 1)", (0, flags.max_length + 1), extent=(-.5, x.shape[1] - .5, x.shape[0] + .5, .5))
         for L in range(1, len(x) + 1):
-            for q in range(L + 1, 2 * L + 2):
+            for q in np.flatnonzero(np.isfinite(x[L - 1]))[L + 1:]:  # from EoI on
                 key = int(x[L - 1, q])
                 ax.text(q, L, key, fontsize=6, ha="center", va="center", color="white" if key == q - L else ORANGE)
     table = arrays["table"][pick(arrays, task=tasks[0])].sum(0)
@@ -1341,7 +1345,7 @@ def draw_subtraction(arrays, flags):
                          label=f"s={s}, x={x}: {(s + x) % 2}")
         axes[3].set(xlabel="first principal component", ylabel="second")
         axes[3].set_title("parity: hidden units of the second MLP", fontsize=9)
-        axes[3].legend(fontsize=7)
+        legend(axes[3])
     return figure
 
 
@@ -1364,7 +1368,7 @@ def draw_heads(arrays, flags):
             ax.set_xticks(np.arange(len(counts)) + .25, [f"{H} heads" if H > 1 else "1 head" for H in counts])
             ax.set(ylabel=label, ylim=(-.03, 1.05), xlabel="one column a run")
             ax.set_title(task, fontsize=9)
-            ax.legend(fontsize=7)
+            legend(ax)
     return figure
 
 
@@ -1401,7 +1405,7 @@ def draw_induction(arrays, flags):
     axes[3].set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=6.5)
     axes[3].set(ylabel="at the end", ylim=(-.03, 1.08))
     for ax in axes:
-        ax.legend(fontsize=6.5)
+        legend(ax, 6.5)
     return figure
 
 
@@ -1478,9 +1482,9 @@ def points_of(flags):
     if flags.study == "curriculum":
         return [dict(task=t, order=order) for order in ("shuffled", "sorted", "increasing") for t in both]
     if flags.study == "positions":
-        kinds = [dict(pos_dim=d, freeze_pos=False) for d in (0, 2, 4, 8, 16) if d <= flags.d_model]
+        kinds = [dict(pos_dim=d, freeze_pos=False) for d in (0, 2, 4, 8) if d <= flags.d_model]
         kinds.append(dict(pos_dim=0, freeze_pos=True))
-        left = [k for k in kinds if k["pos_dim"] in (0, 8)]
+        left = [k for k in kinds if k["pos_dim"] in (0, 8) and not k["freeze_pos"]]
         return [k | dict(task=t, omit_length=0) for k in kinds for t in both] + [
             k | dict(task=t, omit_length=L - 1) for k in left for t in both]
     if flags.study == "longer":
@@ -1848,7 +1852,7 @@ def judge_base(arrays, say, flags):
     say("end-by-the-same-rule",
         "s_L looks one further than x_L, at EoI, as the rule of the look-up goes on",
         f'{NOTES}: "a different circuit hidden for a special position"', "mean attention > 0.5", last, last > .5)
-    worst = by_seed(arrays, np.nanmin(arrays["right"], (1, 2)))
+    worst = by_seed(arrays, -largest(-arrays["right"], (1, 2)))
     say("no-hole",
         "no answer is left behind: s_t is right for every L and t (each subtraction of positions is an entry of its own)",
         f'{NOTES}: "a different circuit hidden for a special position", "memorize all substractions"; the sentence is ours',
@@ -1970,7 +1974,7 @@ def judge_mix(arrays, say, flags):
         found = np.array([m.split(",")[0][7:] for m in mixes] + ["none"])[which]
         say(f"even-is-best-{other}", f"equal shares learn parity and {other} soonest",
             f'{NOTES}: "optimal data mix"; the sentence is ours', "share of parity 0.5",
-            ", ".join(found) + " (share of parity, by seed)", found == "0.5")
+            ", ".join(found) + " (share of parity, by seed)", votes(found == "0.5", *each))
         rare, weighted = slower(mixes[0]), slower(mixes[0], "parity:9")
         say(f"weights-help-{other}", f"a tenth of parity with {other} is learned sooner if weighted 9 times",
             f'{NOTES}: "reweight samples in the training loss"',

@@ -6,8 +6,8 @@ determined, so its floor is 0. The iteration head: the first layer attends from 
 begin, the second looks up x_t, its MLP applies F. Model: pre-norm transformer, LayerNorm without bias, exact GELU.
 
     python exp_iteration_head.py                            @base@ on one core: is it learned, and does it look as described?
-    python exp_iteration_head.py --study circuit            @circuit@: does it do what it looks like? Interventions
-    python exp_iteration_head.py --study induction          @induction@: the same model on another law, the induction head
+    python exp_iteration_head.py --study circuit            4 min: does it do what it looks like? Interventions
+    python exp_iteration_head.py --study induction          14 min: the same model on another law, the induction head
 
 Studies: `base` (default), `circuit`, `baselines`, `transfer`, `mix`, `scaling`, `batch`, `curriculum`, `positions`, `longer`,
 `heads`, `induction`, and `data`, which writes sequences for whoever wants to train another model on the same law. arrays.npz
@@ -148,10 +148,11 @@ class Flags(common.Flags):
 
 # ---- Data law -------------------------------------------------------------------------------------------------------
 
-TASKS = {  # name: (values of x, F(s, x)) given the flags; the first state is s_1 = x_1
-    "polynomial": (lambda f: range(0 if f.with_zero else 1, f.modulus), lambda s, x, f: (s * x + 1) % f.modulus),
-    "parity": (lambda f: range(2), lambda s, x, f: (s + x) % 2),
-    "copy": (lambda f: range(2), lambda s, x, f: x),
+TASKS = {  # name: (values of x, number of states 0, 1, .., F(s, x)), given the flags; the first state is s_1 = x_1
+    "polynomial": (lambda f: range(0 if f.with_zero else 1, f.modulus), lambda f: f.modulus,
+                   lambda s, x, f: (s * x + 1) % f.modulus),
+    "parity": (lambda f: range(2), lambda f: 2, lambda s, x, f: (s + x) % 2),
+    "copy": (lambda f: range(2), lambda f: 2, lambda s, x, f: x),
 }
 EOS, EOI, DIGIT = 0, 1, 2 + len(TASKS)  # tokens: EoS, EoI, the problems in the order of TASKS, then the digits 0, 1, ..
 STAY = 8     # --order sorted: batches of one length before the next
@@ -193,7 +194,7 @@ def length_shares(flags):
 
 def update(flags, task, s, x):
     """s_t = F(s_{t-1}, x_t) for tasks, states and inputs of one shape."""
-    return torch.stack([F(s, x, flags) for _, F in TASKS.values()]).gather(0, task[None])[0]
+    return torch.stack([F(s, x, flags) for *_, F in TASKS.values()]).gather(0, task[None])[0]
 
 
 def states(flags, task, x):
@@ -220,7 +221,7 @@ def sequences(flags, task, x, length):
 def apart(flags):
     """[tasks, Lmax + 1]: whether a length has enough sequences for its evaluation to be kept out of training; else they
     overlap."""
-    counts = [len(values(flags)) for values, _ in TASKS.values()]
+    counts = [len(values(flags)) for values, *_ in TASKS.values()]
     return torch.tensor([[k ** L >= 2 * HELD * flags.n_eval for L in range(flags.max_length + 1)] for k in counts])
 
 
@@ -234,7 +235,7 @@ def held_out(flags, task, x, length):
 
 def draw_x(flags, generator, task, length):
     """x [n, Lmax], uniform over the sequences that are not kept for evaluation."""
-    ranges = [values(flags) for values, _ in TASKS.values()]
+    ranges = [values(flags) for values, *_ in TASKS.values()]
     low, count = (torch.tensor([f(r) for r in ranges])[task, None] for f in (min, len))
     uniform = lambda n: torch.rand(n, flags.max_length, generator=generator)
     x = low + (uniform(len(task)) * count).long()
@@ -305,7 +306,7 @@ def sample(flags, generator, first=0, steps=common.CHUNK):
 def evaluation_set(flags, task, length):
     """Tokens of at most n_eval sequences of one task (a name) and length: all there are, or a draw from those kept out of
     training (or, where these are too few, from all)."""
-    values, _ = TASKS[task]
+    values, *_ = TASKS[task]
     values, L, t = torch.tensor(list(values(flags))), flags.max_length, list(TASKS).index(task)
     generator, count = common.generator(0, f"eval {task} {length}"), len(values) ** length
     if count <= flags.n_eval:
@@ -324,7 +325,7 @@ def evaluation_set(flags, task, length):
 def guesses(flags, task, length):
     """How often the last state s_L is guessed right, x uniform, by who has seen nothing; and by who knows s_{L-1} but not x_L
     (at L = 1 there is no s_0, and this one is right)."""
-    values, F = TASKS[task]
+    values, _, F = TASKS[task]
     x = torch.tensor(list(values(flags)))
     p = torch.bincount(x, minlength=flags.modulus).double() / len(x)  # of s_1
     informed = 1.
@@ -560,10 +561,10 @@ def corrupted(run, params, task, by_length, what="state", patch=identity):
     another value, is the next token F(that, x_t) or F(s_{t-1}, that)? Of those for which that is another token than before,
     Shares [Lmax, Lmax] by L and t, and of each (s, x) [digits, digits] that occurred how often it was answered and how often it
     came."""
-    values, _ = TASKS[task]
-    domain = torch.tensor(list(values(run))) if what == "input" else torch.arange(run.modulus if task == "polynomial" else 2)
+    values, n_states = TASKS[task][0](run), TASKS[task][1](run)
+    domain = torch.tensor(list(values)) if what == "input" else torch.arange(n_states)
     g, rate = common.generator(0, f"corrupt {task} {what}"), torch.full((run.max_length, run.max_length), math.nan)
-    table = torch.zeros(2, run.modulus if task == "polynomial" else 2, max(2, run.modulus))
+    table = torch.zeros(2, n_states, max(2, run.modulus))
     for L, tokens in enumerate(by_length, 1):
         for t in range(2, L + 1):
             e, n = L + 1, len(tokens)
@@ -855,7 +856,7 @@ def train(runs, folder, given=lambda run: None):
 # ---- Figures --------------------------------------------------------------------------------------------------------
 
 BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK = common.COLOURS[:7]
-COLOUR = {"polynomial": BLUE, "parity": RED, "copy": GREEN}
+COLOUR = dict(zip(TASKS, (BLUE, RED, GREEN, *common.COLOURS[3:])))
 
 
 def pick(arrays, **fields):

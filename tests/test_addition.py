@@ -230,7 +230,8 @@ def test_milestones_of_a_curve_with_known_ones():
     assert 200 < found["descent"][0] <= 203 and np.isnan(found["descent"][1])
     assert 200 < found["reach"][0] < 211 and found["spikes"].tolist() == [2, 0]
     assert 1000 < found["first_spike"][0] < 1012 and found["lowest"][0] == pytest.approx(1e-5)
-    level, step = exp.resting_level(np.concatenate([np.full((100, 1), 2.3), np.linspace(2.3, .8, 50)[:, None], np.full((200, 1), .8),
+    level, step = exp.resting_level(np.concatenate([np.full((100, 1), 2.3), np.linspace(2.3, .8, 50)[:, None],
+                                                    np.full((200, 1), .8),
                                                     np.linspace(.8, 0, 100)[:, None]]), 2.2, .5)
     assert level[0] == pytest.approx(.8, abs=.01) and 200 < step[0] < 360
 
@@ -296,7 +297,8 @@ def test_fourier_measures_know_a_pure_frequency(monkeypatch):
     assert found["restricted_loss"] == pytest.approx(float(found["full_loss"]), rel=1e-3)
     assert found["excluded_loss"].argmax() == 2 and found["excluded_loss"][2] > 2  # without w = 3 nothing is left
     assert found["excluded_loss"][0] == pytest.approx(float(found["full_loss"]), rel=1e-3)
-    assert found["term_energy"][1, 2, 2] == pytest.approx(1, abs=1e-3) and found["term_energy"][0, 2, 0] == pytest.approx(1, abs=.1)
+    assert found["term_energy"][1, 2, 2] == pytest.approx(1, abs=1e-3) and found["term_energy"][0, 2, 0] == pytest.approx(1,
+                                                                                                                          abs=.1)
     assert found["neuron_r2"][0].argmax() == 2 and found["neuron_r2"][0, 2] == pytest.approx(1, abs=1e-4)
     assert found["neuron_active"][2] == 1
 
@@ -339,7 +341,8 @@ def test_every_study_from_end_to_end(study, tmp_path):
 
 
 @pytest.mark.parametrize("line", ["--no-mlp", "--n-layers 2", "--base 2 --digits 3 --digit 3", "--study anatomy --no-mlp",
-                                  "--study anatomy --base 7 --digit 2 --probe neuron:3", "--study anatomy --digit 5 --probe head:1",
+                                  "--study anatomy --base 7 --digit 2 --probe neuron:3",
+                                  "--study anatomy --digit 5 --probe head:1",
                                   "--base 16 --digits 9", "--digits 1", "--sweep d_model=4,8 lr=1e-3,1e-2", "--clip .1"])
 def test_variants_run(line, tmp_path):
     assert exp.main(["--smoke", "--runs", "1", "--out", str(tmp_path / "r"), *line.split()]) == 0
@@ -348,7 +351,8 @@ def test_variants_run(line, tmp_path):
 def test_anatomy_of_a_checkpoint_and_its_refusals(tmp_path, capsys):
     assert exp.main(["--smoke", "--digit", "0", "--out", str(tmp_path / "r")]) == 0
     checkpoint = tmp_path / "r" / "checkpoint.pt"
-    look = lambda path, *more: exp.main(["--smoke", "--study", "anatomy", "--checkpoint", str(path), "--out", str(tmp_path / f"a{len(more)}"), "--force", *more])
+    look = lambda path, *more: exp.main(["--smoke", "--study", "anatomy", "--checkpoint", str(path), "--out",
+                                         str(tmp_path / f"a{len(more)}"), "--force", *more])
     assert look(checkpoint) == 0
     with np.load(tmp_path / "a0" / "arrays.npz") as z:
         assert z["attention"].shape == (2, 2, 12) and z["neuron_dependence"].shape == (2, 32, 15)
@@ -362,8 +366,10 @@ def test_anatomy_of_a_checkpoint_and_its_refusals(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("line,says", [
-    ("--digit 7", "--digit 7 must be at most --digits 5"), ("--n-heads 3", "divisible by --n-heads 3"), ("--base 1", "at least 2"),
-    ("--digit -1", "at least 0"), ("--probe head:9", "--probe"), ("--study anatomy --n-layers 2", "one-layer"), ("--lr nan", "finite"),
+    ("--digit 7", "--digit 7 must be at most --digits 5"), ("--n-heads 3", "divisible by --n-heads 3"),
+    ("--base 1", "at least 2"),
+    ("--digit -1", "at least 0"), ("--probe head:9", "--probe"), ("--study anatomy --n-layers 2", "one-layer"),
+    ("--lr nan", "finite"),
     ("--sweep digit=0,9", "--digits 5"), ("--out /dev/null/x", "cannot write"), ("--checkpoint", "expected")])
 def test_bad_flags_are_one_line(line, says, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -393,7 +399,8 @@ def test_commands_in_the_readme_parse():
 
 def test_the_notes_rows_are_judged_by_what_they_say():
     flags = exp.Flags(study="sweep", steps=5000, sweep=[])
-    found = {"digit": 1, "d_model": 128, "n_heads": 1, "weight_decay": .25, "eps": 1e-8, "steps": 5000, "seed": 0, "descent": 150.,
+    found = {"digit": 1, "d_model": 128, "n_heads": 1, "weight_decay": .25, "eps": 1e-8, "steps": 5000, "seed": 0,
+             "descent": 150.,
              "reach": np.nan, "lowest": .1, "lowest_step": 4000., "final": .1, "bump": 1., "spikes": 0., "vibration": .1}
 
     def verdicts(*rows):

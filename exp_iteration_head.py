@@ -5,7 +5,7 @@ x_t mod 2; polynomial: s_t = s_{t-1} x_t + 1 mod p. Loss: cross-entropy (nats) o
 determined, so its floor is 0. The iteration head: the first layer attends from an answer to EoI and so knows where the answers
 begin, the second looks up x_t, its MLP applies F. Model: pre-norm transformer, LayerNorm without bias, exact GELU.
 
-    python exp_iteration_head.py                            57 s on one core: is it learned, and does it look as described?
+    python exp_iteration_head.py                            2 min on one core: is it learned, and does it look as described?
     python exp_iteration_head.py --study circuit            4 min: does it do what it looks like? Interventions
     python exp_iteration_head.py --study induction          14 min: the same model on another law, the induction head
 

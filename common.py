@@ -996,8 +996,8 @@ def interruptible(folder):
 
 def save_figure(folder, name, figure):
     """Write a figure as NAME.png; an animation, (figure, number of frames, draw(i)), as NAME.gif."""
-    buffer = io.BytesIO()
-    if isinstance(figure, tuple):
+    buffer, suffix = io.BytesIO(), "gif" if isinstance(figure, tuple) else "png"
+    if suffix == "gif":
         figure, frames, draw = figure
         with tempfile.TemporaryDirectory() as there:
             writer = PillowWriter(fps=3)
@@ -1009,7 +1009,6 @@ def save_figure(folder, name, figure):
             buffer.write(Path(there, f"{name}.gif").read_bytes())
     else:
         figure.savefig(buffer, format="png", dpi=130)
-    suffix = "gif" if buffer.getvalue()[:3] == b"GIF" else "png"
     plt.close(figure)
     folder.write(f"{name}.{suffix}", buffer.getvalue())
 

@@ -20,9 +20,8 @@ training; beyond these what the docstrings of `compute_*` name. NaN: not defined
 Claims come from Cabannes et al. 2024, "Iteration Head: A Mechanistic Study of Chain-of-Thought", from its research notes, and
 from a prototype of this project; the memories of the induction head are those of Bietti et al. 2023, "Birth of a Transformer".
 """
-import dataclasses
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal
 
 import matplotlib.pyplot as plt
@@ -284,7 +283,6 @@ def sample(flags, generator, first=0, steps=common.CHUNK):
     weight = torch.tensor([weight.get(name, 1.) for name in TASKS])[task].view(lengths.shape)
     tokens = tokens.view(*lengths.shape, -1).flatten(-2)
     answers = lengths if flags.cot else torch.ones_like(lengths)  # how many states
-
     extra = lengths.shape[-1] - 1
 
     def block(last, size):  # sequence, index in it, and whether it is used, of slots in which each sequence takes 0 .. last
@@ -556,10 +554,10 @@ def generated(run, params, sets):
     return {"generated": torch.stack(final).mean(), "generated_agrees": torch.stack(same).mean()}
 
 
-def corrupted(run, params, task, by_length, what="state", patch=identity):
+def corrupted(run, params, task, by_length, what="state"):
     """The intervention that makes an iteration head: with s_{t-1} (what = "state") or x_t ("input") replaced in the sequence by
     another value, is the next token F(that, x_t) or F(s_{t-1}, that)? Of those for which that is another token than before,
-    Shares [Lmax, Lmax] by L and t, and of each (s, x) [digits, digits] that occurred how often it was answered and how often it
+    shares [Lmax, Lmax] by L and t, and of each (s, x) [digits, digits] that occurred how often it was answered and how often it
     came."""
     values, n_states = TASKS[task][0](run), TASKS[task][1](run)
     domain = torch.tensor(list(values)) if what == "input" else torch.arange(n_states)
@@ -574,9 +572,9 @@ def corrupted(run, params, task, by_length, what="state", patch=identity):
             shift = torch.randint(1, max(2, len(domain)), (n,), generator=g)
             new[:, at] = domain[(index + shift) % len(domain)] + DIGIT
             s, x = new[:, e + t - 1] - DIGIT, new[:, t] - DIGIT
-            target = update(run, torch.full((n,), list(TASKS).index(task)), s, x)
-            said = read(params, new[:, :e + t], run, patch)[0][:, -1].argmax(-1) - DIGIT
-            was = update(run, torch.full((n,), list(TASKS).index(task)), tokens[:, e + t - 1] - DIGIT, tokens[:, t] - DIGIT)
+            tasks = torch.full((n,), list(TASKS).index(task))
+            target, was = update(run, tasks, s, x), update(run, tasks, tokens[:, e + t - 1] - DIGIT, tokens[:, t] - DIGIT)
+            said = read(params, new[:, :e + t], run)[0][:, -1].argmax(-1) - DIGIT
             rate[L - 1, t - 1] = (said == target)[target != was].float().mean()
             table[0].index_put_((s, x), (said == target).float(), accumulate=True)
             table[1].index_put_((s, x), torch.ones(n), accumulate=True)
@@ -594,24 +592,29 @@ def best(score):
     return divmod(int(np.asarray(score).argmax()), score.shape[1])
 
 
-def replaced(l, h, queries, rows):
-    """A patch: these queries' rows of the attention of head h in layer l become `rows` [queries, T]."""
-    def patch(name, x):
-        if name == f"attention{l}":
+def changed(name, place, value):
+    """A patch: of what `name` computes, x[place] becomes value(x[place])."""
+    def patch(where, x):
+        if where == name:
             x = x.clone()
-            x[:, h, queries] = rows
+            x[place] = value(x[place])
         return x
     return patch
+
+
+def average(x):
+    """x [n, positions, d] averaged over sequences and positions."""
+    return x.mean((0, 1))
+
+
+def replaced(l, h, queries, rows):
+    """A patch: these queries' rows of the attention of head h in layer l become `rows` [queries, T]."""
+    return changed(f"attention{l}", (slice(None), h, queries), lambda _: rows)
 
 
 def averaged(name, positions):
     """A patch: at these positions, what `name` computes becomes its mean over the sequences and these positions."""
-    def patch(where, x):
-        if where == name:
-            x = x.clone()
-            x[:, positions] = x[:, positions].mean((0, 1))
-        return x
-    return patch
+    return changed(name, (slice(None), positions), average)
 
 
 def interventions(run, params, by_length, first, second):
@@ -649,14 +652,8 @@ def moved(run, params, by_length, first, second):
             q = torch.tensor([q for q in range(L + 2, 2 * L + 1) if other + 2 <= q <= 2 * other and q - other <= L])
             if other == L or not len(q):
                 continue
-            donor = kept[other]
-            n = min(len(tokens), len(donor))
-
-            def patch(name, x, q=q, donor=donor, n=n):
-                if name == f"read{first[0]}":
-                    x = x.clone()
-                    x[:, q] = donor[:n, q]
-                return x
+            n = min(len(tokens), len(kept[other]))
+            patch = changed(f"read{first[0]}", (slice(None), q), lambda _: kept[other][:n, q])
             target = answered(params, tokens[:n], L, run, patch)["maps"][second[0]][:, second[1], q].argmax(-1)
             result[:, L - 1, other - 1] = torch.stack([(target == q - other).float().mean(), (target == q - L).float().mean()])
     return result
@@ -694,11 +691,7 @@ def ablated_heads(run, params, sets):
     size, rows = run.d_model // run.n_heads, []
     for l in range(run.n_layers):
         for h in range(run.n_heads):
-            def patch(name, x, l=l, part=slice(h * size, (h + 1) * size)):
-                if name == f"heads{l}":
-                    x = x.clone()
-                    x[..., part] = x[..., part].mean((0, 1))
-                return x
+            patch = changed(f"heads{l}", (..., slice(h * size, (h + 1) * size)), average)
             rows.append(torch.stack([accuracy(answered(params, tokens, L, run, patch))[0]
                                      for by_length in sets.values() for L, tokens in enumerate(by_length, 1)]).mean())
     return torch.stack(rows).view(run.n_layers, run.n_heads)
@@ -1067,7 +1060,7 @@ def draw_baselines(arrays, flags):
                                  "What do the chain of thought and the second layer buy? (answer right, medians and runs)",
                                  flags, columns=3, size=(4.2, 3.7))
     for ax, task in zip(axes, tasks):
-        f = dataclasses.replace(flags, task=task)
+        f = replace(flags, task=task)
         length = np.arange(1, flags.max_length + 1)
         for cot, layers, colour, label in ((True, 2, BLUE, "chain, two layers: all states"),
                                            (True, 1, ORANGE, "chain, one layer: all states"),
@@ -1503,16 +1496,17 @@ def points_of(flags):
     return []
 
 
+SHORT = {"n_tokens": "V", "seq_length": "T", "d_model": "d", "max_length": "Lmax"}  # settings in a figure's names
+
+
 def config_names(arrays, flags):
     """Every configuration in words, [R] text: the settings in which it differs from the study's own."""
     own = type(flags)(**common.study_defaults(type(flags), flags.study, flags.smoke))
-    named = lambda field, value: f"{SHORT.get(field, field)}={value:g}" if not isinstance(value, (str, bool)) else \
-        f"{SHORT.get(field, field)}={value}" if value != "" else ""
-    return np.array([", ".join(named(f, arrays[f][r].item()) for f in COLUMNS if f not in ("seed", "steps")
+    text = lambda value: str(value) if isinstance(value, (str, bool)) else f"{value:g}"
+    return np.array([", ".join(f"{SHORT.get(f, f)}={text(arrays[f][r].item())}" for f in COLUMNS if f not in ("seed", "steps")
                                and arrays[f][r] != getattr(own, f)) or OWN for r in range(len(arrays["seed"]))])
 
 
-SHORT = {"n_tokens": "V", "seq_length": "T", "d_model": "d", "max_length": "Lmax"}
 def as_designed(flags):
     """Whether the study runs the configurations that its figure and claims are about."""
     set_by_study = {k for p in points_of(flags) for k in p} - {"steps"}
@@ -1934,7 +1928,7 @@ def judge_transfer(arrays, say, flags):
             unknown = np.isinf(new) & (least < .5)
             say(f"{source}-to-{task}-{L}", f"Lmax {L}: {task} reaches .95 in less than half of the steps from {source}",
                 f"{PAPER}; {ORIGINAL}: 20 epochs against 990", f"ratio < 0.5 (within {ended:.0f} steps; else open)",
-                np.where(unknown | np.isinf(new) & np.isinf(old), np.nan, np.where(np.isinf(new), np.inf, ratio(new, old))),
+                np.where(unknown, np.nan, ratio(new, old)),
                 new < .5 * old)
     new = by_seed(arrays, steps, task="parity", source="polynomial", max_length=flags.max_length, train="all", with_zero=False)
     say("prototype-50", "polynomial to parity with all weights reaches .95 within 60 steps", f"{PROTOTYPE}: 1.00 at step 50",

@@ -88,6 +88,7 @@ class Flags:
     smoke: bool = flag(False, "the same path end to end, tiny, in seconds")
 
     per_study: typing.ClassVar[dict] = {}
+    most_in_block: typing.ClassVar[int] = 16  # runs that may share a kernel on a CPU, however small they are
 
     def check(self):
         """Raise Stop where the values contradict each other."""
@@ -270,12 +271,11 @@ def groups_of_runs(flags, points=None):
     return list(groups.values())
 
 
-def numbers(runs):
+def numbers(runs, dtype=torch.float32):
     """{field: tensor [R]} of every number field of the runs: what a step receives beside state and batch. (A number field
     that holds text is turned into tensors by the script.)"""
     kinds = typing.get_type_hints(type(runs[0]))
-    return {f.name: torch.tensor([getattr(r, f.name) for r in runs],
-                                 dtype=torch.float32 if kinds[f.name] is float else torch.int32)
+    return {f.name: torch.tensor([getattr(r, f.name) for r in runs], dtype=dtype if kinds[f.name] is float else torch.int32)
             for f in dataclasses.fields(runs[0]) if f.metadata["number"] and kinds[f.name] in (bool, int, float)}
 
 
@@ -360,13 +360,13 @@ def run_of(x, r):
 
 
 def block_size(flags, params, numbers):
-    """Runs that go through one kernel together. On a CPU a power of two up to 16 that keeps what they compute with in
-    the cache (addition 128-wide: 1; 16-wide: 4; 2-wide: 16), whatever the number of runs, so that a run has the same bits
-    alone and in company; on an accelerator all runs."""
+    """Runs that go through one kernel together. On a CPU a power of two up to `most_in_block` that keeps what they compute
+    with in the cache (addition 128-wide: 1; 16-wide: 4; 2-wide: 16), whatever the number of runs, so that a run has the same
+    bits alone and in company; on an accelerator all runs."""
     if device(flags).type != "cpu":
         return len(leaves(params)[0])
     size = sum(x[0].numel() for x in 4 * leaves(params) + leaves(numbers))
-    return flags.block or 2 ** min(4, int(math.log2(max(1, BLOCK_NUMBERS // size))))
+    return flags.block or min(flags.most_in_block, 2 ** int(math.log2(max(1, BLOCK_NUMBERS // size))))
 
 
 class Fused:
@@ -374,15 +374,18 @@ class Fused:
     on tensors with a leading axis of runs, blocks of one fixed size (padded), compiled, updated in place.
 
     state: nested dict of tensors [R, ...] with "params" in it; numbers: what else a step needs of its run, tensors [R, ...];
-    example: data of one step [R, ...]. `compiled`, `why` and `compile_seconds` say what was decided; pass `compiled` of an
-    earlier part of the same run to keep its decision."""
+    example: data of one step [R, ...]; unroll: steps that share a compiled graph (a call costs 50 to 100 microseconds, which
+    only tiny steps feel). In blocks of more than 16 runs the runs are the innermost axis, along which tiny steps vectorise.
+    `compiled`, `why` and `compile_seconds` say what was decided; pass `compiled` of an earlier part of the same run to keep
+    its decision."""
 
-    def __init__(self, step, state, numbers, example, flags, steps, compiled=None):
-        self.at, self.runs = device(flags), len(leaves(state)[0])
+    def __init__(self, step, state, numbers, example, flags, steps, compiled=None, unroll=1):
+        self.at, self.runs, self.unroll = device(flags), len(leaves(state)[0]), unroll
         self.size = block_size(flags, state["params"], numbers)
+        self.axis = 0 if self.size <= 16 or self.at.type != "cpu" else -1  # where the runs of a block lie
         padded = torch.arange(-(-self.runs // self.size) * self.size).clamp(max=self.runs - 1)
         self.index = list(padded.split(self.size))
-        move = lambda x: [tree(lambda leaf: leaf[i].to(self.at, copy=True), x) for i in self.index]
+        move = lambda x: [tree(lambda leaf: self.laid(leaf[i], 0).to(self.at), x) for i in self.index]
         self.blocks, self.numbers = move(state), move(numbers)
         self.step = self.eager = self.batched(step)
         self.compile_seconds = 0.
@@ -392,25 +395,33 @@ class Fused:
         if self.compiled != compiled:  # decided here, or decided before and impossible now
             print(f"{'compiled' if self.compiled else 'eager'} ({self.why})", flush=True)
 
+    def laid(self, x, axis):
+        """x with its runs, now at `axis`, where this layout has them; a tensor of its own."""
+        return x.movedim(axis, self.axis if self.axis < 0 else axis).contiguous()
+
     def batched(self, step):
-        """step of one run -> in-place step of one block."""
+        """step of one run -> in-place steps of one block, on data [K, ...]; logs [K, ...]."""
         if self.size == 1:
             def many(state, batch, numbers):
                 new, logs = step(*(tree(lambda x: x[0], x) for x in (state, batch, numbers)))
                 return tree(lambda x: x[None], new), tree(lambda x: x[None], logs)
         else:
-            many = torch.vmap(step)
+            many = torch.vmap(step, self.axis, self.axis)
 
-        def update(state, batch, numbers):
-            new, logs = many(state, batch, numbers)
+        def update(state, data, numbers):
+            new, logs = state, []
+            for k in range(len(leaves(data)[0])):
+                new, out = many(new, tree(lambda x: x[k], data), numbers)
+                logs.append(out)
+            logs = tree(lambda *xs: torch.stack(xs), *logs)  # before the state moves: a log may be a part of it
             tree(lambda old, value: old.copy_(value), state, new)
             return logs
         return update
 
-    def first(self, example):
-        """Arguments for a trial step: copies, so that nothing moves."""
-        i = self.index[0]
-        return tree(torch.clone, self.blocks[0]), tree(lambda x: x[i].to(self.at), example), self.numbers[0]
+    def first(self, example, steps):
+        """Arguments for trial steps: copies, so that nothing moves."""
+        data = tree(lambda x: self.laid(x[self.index[0]].expand(steps, -1, *x.shape[1:]), 1).to(self.at), example)
+        return tree(torch.clone, self.blocks[0]), data, self.numbers[0]
 
     def decide(self, flags, example, steps):
         if flags.compile != "auto" or self.at.type == "mps":
@@ -418,7 +429,7 @@ class Fused:
             return on, f"--compile {flags.compile}" if self.at.type != "mps" else "MPS runs eager"
         if self.at.type == "cuda":
             return True, "CUDA"
-        arguments = self.first(example)
+        arguments = self.first(example, 1)
         self.eager(*arguments)
         start = time.perf_counter()
         for trial in range(1, 6):
@@ -436,7 +447,7 @@ class Fused:
             mode = dict(mode="reduce-overhead") if self.at.type == "cuda" else {}
             torch._dynamo.reset()  # else the ninth program of a process is refused as the ninth version of the first
             step = torch.compile(self.eager, fullgraph=True, dynamic=False, **mode)
-            step(*self.first(example))
+            step(*self.first(example, self.unroll))
             self.step = step
         except Exception as error:  # no compiler, no Python headers, read-only cache, ... : eager is always right
             reason = str(error).strip().splitlines()
@@ -447,19 +458,20 @@ class Fused:
         """Do data.shape[0] steps on data [K, R, ...] (a tensor or nested dict); returns logs {name: [K, R, ...]}."""
         logs = []
         for i, block, hyper in zip(self.index, self.blocks, self.numbers):
-            mine = tree(lambda x: x[:, i].to(self.at), data)
-            rows = []
-            for k in range(len(leaves(mine)[0])):
+            mine = tree(lambda x: self.laid(x[:, i], 1).to(self.at), data)
+            rows, K = [], len(leaves(mine)[0])
+            for k in range(0, K, self.unroll):
                 if self.at.type == "cuda":  # a captured graph writes its outputs to the same memory every time
                     torch.compiler.cudagraph_mark_step_begin()
-                out = self.step(block, tree(lambda x: x[k], mine), hyper)
+                step = self.step if k + self.unroll <= K else self.eager  # a rest that fills no graph
+                out = step(block, tree(lambda x: x[k:k + self.unroll], mine), hyper)
                 rows.append(tree(torch.clone, out) if self.at.type == "cuda" else out)
-            logs.append(tree(lambda *xs: torch.stack(xs), *rows))
-        return tree(lambda *xs: torch.cat(xs, 1)[:, :self.runs].cpu(), *logs)
+            logs.append(tree(lambda *xs: torch.cat(xs).movedim(self.axis if self.axis < 0 else 1, 1), *rows))
+        return tree(lambda *xs: (torch.cat(xs, 1) if len(xs) > 1 else xs[0])[:, :self.runs].cpu(), *logs)
 
     def state(self):
         """The state of all runs, on the CPU, without the padding."""
-        return tree(lambda *xs: torch.cat(xs)[:self.runs].cpu(), *self.blocks)
+        return tree(lambda *xs: torch.cat([x.movedim(self.axis, 0) for x in xs])[:self.runs].cpu(), *self.blocks)
 
 
 class Progress:
@@ -486,11 +498,12 @@ class Progress:
             self.bar.close()
 
 
-def train(runs, folder, state, numbers, step, draw, evaluate, eval_at, label=""):
+def train(runs, folder, state, numbers, step, draw, evaluate, eval_at, label="", unroll=1):
     """Train runs of one shape together, from the folder's checkpoint if it has one. state: their step 0 and numbers: their
     constants, [R, ...]; step: the training step of one run; draw(r, chunk): the data of CHUNK steps of run r, [CHUNK, ...];
-    evaluate(r, params): what is logged at the steps `eval_at`. Returns the final state, metrics (what a step logs [T, R] with
-    step [T], what is evaluated [M, R, ...] as eval_* with eval_step [M]) and snapshots {step as text: params}."""
+    evaluate(r, params): what is logged at the steps `eval_at`; unroll: steps a compiled graph. Returns the final state,
+    metrics (what a step logs [T, R, ...] with step [T], what is evaluated [M, R, ...] as eval_* with eval_step [M]) and
+    snapshots {step as text: params}."""
     flags, R = runs[0], len(runs)
     saved = folder.resume(like=state)
     done, log, snapshots = 0, {}, {}
@@ -500,7 +513,7 @@ def train(runs, folder, state, numbers, step, draw, evaluate, eval_at, label="")
     draw_all = lambda chunk: tree(lambda *x: torch.stack(x, 1), *(draw(r, chunk) for r in range(R)))  # [CHUNK, R, ...]
     data = draw_all(done // CHUNK)
     fused = Fused(step, state, numbers, tree(lambda x: x[0], data), flags, flags.steps - done,
-                  compiled=saved and saved["compiled"])
+                  compiled=saved and saved["compiled"], unroll=unroll)
     eval_at, keep_at = list(eval_at), marks(flags.steps, flags.snapshots)
     print(f"{sum(p[0].numel() for p in state['params'].values()):,} parameters a run, {R} runs")
     progress, seconds = Progress(R, done, flags.steps, f"{label}, {R} runs"), 0.
@@ -537,6 +550,43 @@ def train(runs, folder, state, numbers, step, draw, evaluate, eval_at, label="")
     folder.trained(runs, fused, seconds, b - done)
     metrics = {k: torch.cat(v).numpy() for k, v in log.items()}
     return fused.state(), {"step": np.arange(1, len(metrics["loss"]) + 1), **metrics}, snapshots
+
+
+# ---- Arrays with one entry a run ------------------------------------------------------------------------------------
+
+def pick(arrays, **fields):
+    """Mask of the runs with these settings."""
+    mask = np.ones(len(arrays["seed"]), bool)
+    for k, v in fields.items():
+        mask &= arrays[k] == v
+    return mask
+
+
+def by_seed(arrays, values, **settings):
+    """One value a seed, in the order of the seeds, of the runs with these settings. values: [R, ...], or their name."""
+    mine, values = pick(arrays, **settings), arrays[values] if isinstance(values, str) else values
+    return values[mine][np.argsort(arrays["seed"][mine], kind="stable")]
+
+
+def padded(arrays):
+    """Arrays end to end along the first axis; where their shapes differ the other axes are filled up with NaN."""
+    if len({a.shape[1:] for a in arrays}) == 1:
+        return np.concatenate(arrays)
+    shape = np.max([a.shape[1:] for a in arrays], 0)
+    grown = [np.pad(a.astype(float), [(0, 0), *((0, n - m) for n, m in zip(shape, a.shape[1:]))],
+                    constant_values=np.nan) for a in arrays]
+    return np.concatenate(grown)
+
+
+def stacked(rows):
+    """A list of dicts of arrays to one dict with a leading axis (`padded`); {} of none."""
+    return {k: padded([np.asarray(row[k])[None] for row in rows]) for k in (rows[0] if rows else ())}
+
+
+def blanked(x, loss):
+    """x [R, ..] with NaN in place of what diverged runs measure."""
+    lost = ~np.isfinite(loss)
+    return np.where(lost.reshape(-1, *[1] * (x.ndim - 1)), np.nan, x) if lost.any() else x
 
 
 # ---- The run folder -------------------------------------------------------------------------------------------------
@@ -839,6 +889,36 @@ def claim(id, statement, source, expected, measured, agree, enough=True):
                 holds=None if holds is None or not enough else bool(holds))
 
 
+def as_designed(flags):
+    """Whether the study runs the configurations that its figure and claims are about."""
+    return not flags.sweep and not {k for p in flags.points() for k in p} - {"steps"} & getattr(flags, "given", set())
+
+
+def judged(judge, always, columns):
+    """A study's judge from always(arrays, say, flags), the claims that hold for every run, and judge(arrays, say, flags), those
+    about the study's own configurations: only where it ran whole, to its end, with its own values of the fields `columns`;
+    with fewer steps than its own they stay open. say(id, statement, source, expected, measured, agree) makes a `claim`, in
+    which a run without a value (NaN) has no vote."""
+    def claims_of(arrays, flags):
+        own, claims = type(flags)(**study_defaults(type(flags), flags.study, False)), []
+
+        def say(id, statement, source, expected, measured, agree, enough=flags.steps >= own.steps):
+            if isinstance(agree, np.ndarray):
+                known = ~np.isnan(measured if agree.dtype == bool and not isinstance(measured, str) else agree.astype(float))
+                agree = agree[known].astype(bool)
+            claims.append(claim(id, statement, source, expected, measured, agree, enough))
+
+        always(arrays, say, flags)
+        same = as_designed(flags) and all(getattr(flags, f) == getattr(own, f) for f in columns if f not in ("seed", "steps"))
+        if same and not flags.smoke and getattr(flags, "finished", True) and len(arrays["seed"]) == sum(
+                map(len, groups_of_runs(flags))):
+            judge(arrays, say, flags)
+        elif not flags.smoke:
+            print("the claims of this study are about its own settings, run to their end: not judged")
+        return claims
+    return claims_of
+
+
 def vote(agree, least=3):
     """Verdict over seeds: true if three quarters of them agree, false if three quarters do not, else (or with fewer
     than `least` seeds) undecided."""
@@ -910,6 +990,18 @@ def shelf(ax, y, text, colour="grey", side="right"):
     ax.annotate(text, (side == "right", y), (-3 if side == "right" else 3, 0), fontsize=6.5, color=colour, **at)
 
 
+def image(ax, x, title, figure, xlabel="", ylabel="", limits=None, bar=True, **style):
+    """x [rows, columns] as an image, between limits, or in colours symmetric about 0."""
+    low, high = limits or (-(np.nanmax(np.abs(x)) or 1), np.nanmax(np.abs(x)) or 1)
+    shown = ax.imshow(x, vmin=low, vmax=high, **dict(cmap="viridis" if low >= 0 else "RdBu_r", aspect="auto",
+                                                     interpolation="nearest") | style)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.set_title(title, fontsize=9)
+    ax.spines[:].set_visible(True)
+    if bar:
+        figure.colorbar(shown, ax=ax, shrink=.85)
+
+
 def smooth(y, width):
     """Running mean along axis 0 over the last `width` entries (fewer at the start)."""
     total = np.cumsum(np.concatenate([np.zeros_like(y[:1]), y]), 0, dtype=float)
@@ -922,8 +1014,8 @@ def smooth(y, width):
 
 def main(cls, studies, argv=None):
     """Run a script. studies: {name: (compute, judge, {figure name: draw})} with compute(flags, folder) -> arrays,
-    judge(arrays, flags) -> claims, draw(arrays, flags) -> figure. Returns the exit status: 0, 2 for a mistake that the
-    user can mend, 130 after Ctrl-C."""
+    judge(arrays, flags) -> claims, draw(arrays, flags) -> figure, or None where it can't be drawn. Returns the exit status:
+    0, 2 for a mistake that the user can mend, 130 after Ctrl-C."""
     start = time.perf_counter()
     script = sys.modules[cls.__module__].__file__
     try:
@@ -944,10 +1036,12 @@ def main(cls, studies, argv=None):
             else:
                 arrays = {k: np.asarray(v) for k, v in compute(flags, folder).items()}
                 folder.write_npz("arrays.npz", arrays)
+            flags.finished = folder.read_json("config.json")["finished"] if flags.plot_only else not folder.interrupted
             claims = judge(arrays, flags)
             for name, draw in figures.items():
-                if not flags.figures or name in flags.figures:
-                    save_figure(folder, name, draw(arrays, flags))
+                figure = draw(arrays, flags) if not flags.figures or name in flags.figures else None
+                if figure is not None:
+                    save_figure(folder, name, figure)
             if flags.plot_only:
                 folder.write_json("summary.json", folder.read_json("summary.json") | {"claims": claims})
             else:

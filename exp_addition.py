@@ -793,14 +793,6 @@ def draw_all(arrays, flags):
     return figure
 
 
-def image(ax, x, title, xlabel, ylabel, figure, symmetric=True):
-    top = np.nanmax(np.abs(x)) or 1
-    shown = ax.imshow(x, aspect="auto", cmap="RdBu_r" if symmetric else "viridis", vmin=-top if symmetric else 0, vmax=top,
-                      interpolation="nearest")
-    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    figure.colorbar(shown, ax=ax, fraction=.04)
-
-
 def position_names(flags):
     D = flags.digits
     return [f"a{k}" for k in range(D - 1, -1, -1)] + ["+"] + [f"b{k}" for k in range(D - 1, -1, -1)] + ["="]
@@ -817,11 +809,12 @@ def draw_attention(arrays, flags):
                                  "Attention of `=`: mean weight, and the exact score of every token at every position", flags)
     for row, (name, mine, k) in enumerate(parts):
         left, right = axes[2 * row:2 * row + 2]
-        image(left, arrays["attention"][mine][0], f"{name}: mean attention, run 0", "position", "head", figure, symmetric=False)
+        common.image(left, arrays["attention"][mine][0], f"{name}: mean attention, run 0", figure, "position", "head", (0, 1))
         left.set(xticks=range(flags.positions), xticklabels=position_names(flags), yticks=range(min(flags.n_heads, 16)))
         head = int(arrays["attention"][mine][0][:, [flags.digits - 1 - min(k, flags.digits - 1)]].sum(1).argmax())
         scores = arrays["scores"][mine][0, head]
-        image(right, (scores - scores.mean()).T, f"scores of head {head} (its mean removed)", "position", "token", figure)
+        common.image(right, (scores - scores.mean()).T, f"scores of head {head} (its mean removed)", figure, "position",
+                     "token")
         right.set(xticks=range(flags.positions), xticklabels=position_names(flags), yticks=range(flags.vocab),
                   yticklabels=token_names(flags))
         for ax in (left, right):
@@ -904,12 +897,12 @@ def draw_matrices(arrays, flags):
     figure, (a, b, c, d) = common.panels(4, f"{name}, run 0: the matrices that fix the model", flags)
     D = flags.digits
     head = int(arrays["attention"][mine][0][:, D - 1 - min(k, D - 1)].argmax())
-    image(a, arrays["ov_token"][mine][0, head], f"head {head}: token read -> logits", "logit", "token read", figure)
-    image(b, arrays["ov_place"][mine][0, head], f"head {head}: position read -> logits", "logit", "position", figure)
+    common.image(a, arrays["ov_token"][mine][0, head], f"head {head}: token read -> logits", figure, "logit", "token read")
+    common.image(b, arrays["ov_place"][mine][0, head], f"head {head}: position read -> logits", figure, "logit", "position")
     b.set(yticks=range(flags.positions), yticklabels=position_names(flags))
     if "neuron_logits" in arrays:
         rows = arrays["neuron_logits"][mine][0][np.argsort(arrays["neuron_r2"][mine][0].argmax(-1), kind="stable")]
-        image(c, rows, "neurons -> logits (ordered by frequency)", "logit", "neuron", figure)
+        common.image(c, rows, "neurons -> logits (ordered by frequency)", figure, "logit", "neuron")
     x = np.arange(D)
     for i, (label, colour) in enumerate((("cosine", BLUE), ("|x-y|^2 / |x||y|", RED))):
         values = arrays["place_similarity"][mine][:, :, i]  # [R, D, observed and null quantiles]
@@ -1455,14 +1448,13 @@ def compute_anatomy(flags, folder):
             raise common.Stop("--study anatomy compares runs of one shape: sweep fields that are numbers, such as digit")
         (runs, saved, _, snapshots, _), = train_groups(groups, folder)
         params = [common.run_of(saved, r) for r in range(len(runs))]
-    stacked = lambda found: {k: torch.stack([f[k] for f in found]) for k in found[0]}
     arrays = {"digit": np.array([r.digit for r in runs]), "config": np.array([config_name(r) for r in runs])}
-    arrays |= stacked([anatomy(run, p, fixed) for run, p in zip(runs, params)])
+    arrays |= common.stacked([anatomy(run, p, fixed) for run, p in zip(runs, params)])
     over = []
     for step in sorted(snapshots, key=int):
         found = [develop(run, common.run_of(snapshots[step], r), fixed[:, :2048]) for r, run in enumerate(runs)]
-        over.append({"step": torch.tensor(int(step)), **stacked(found)})
-    return arrays | {f"over_{k}": v for k, v in stacked(over or [{}]).items()}
+        over.append({"step": torch.tensor(int(step)), **common.stacked(found)})
+    return arrays | {f"over_{k}": v for k, v in common.stacked(over).items()}
 
 
 def judge_anatomy(arrays, flags):

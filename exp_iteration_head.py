@@ -20,6 +20,7 @@ training; beyond these what the docstrings of `compute_*` name. NaN: not defined
 Claims come from Cabannes et al. 2024, "Iteration Head: A Mechanistic Study of Chain-of-Thought", from its research notes, and
 from a prototype of this project; the memories of the induction head are those of Bietti et al. 2023, "Birth of a Transformer".
 """
+import functools
 import math
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal
@@ -31,7 +32,7 @@ from matplotlib.collections import LineCollection
 from torch.func import grad_and_value
 
 import common
-from common import flag
+from common import by_seed, flag, pick
 
 # ---- Flags ----------------------------------------------------------------------------------------------------------
 
@@ -852,14 +853,6 @@ BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK = common.COLOURS[:7]
 COLOUR = dict(zip(TASKS, (BLUE, RED, GREEN, *common.COLOURS[3:])))
 
 
-def pick(arrays, **fields):
-    """Mask of the runs with these settings."""
-    mask = np.ones(len(arrays["seed"]), bool)
-    for k, v in fields.items():
-        mask &= arrays[k] == v
-    return mask
-
-
 def largest(x, axis):
     """Maximum over what is not NaN; NaN where nothing is."""
     top = np.where(np.isnan(x), -np.inf, x).max(axis)
@@ -877,7 +870,7 @@ def head_of(arrays, which, layer=None):
 
 def or_configurations(draw):
     """draw, or where the study doesn't run its own configurations, accuracy and score of those that it ran."""
-    return lambda arrays, flags: draw(arrays, flags) if as_designed(flags) else draw_configurations(arrays, flags)
+    return lambda arrays, flags: draw(arrays, flags) if common.as_designed(flags) else draw_configurations(arrays, flags)
 
 
 def mean(x, axis):
@@ -916,15 +909,6 @@ def log_steps(ax, arrays, label):
     """A logarithmic axis of steps, also where no run got there."""
     ax.set(yscale="log", ylabel=label, ylim=(max(1, np.nanmin(np.where(arrays["step"] > 0, arrays["step"], np.nan))) * .7,
                                              np.nanmax(arrays["step"]) * 1.4))
-
-
-def image(ax, x, title, figure, xlabel="", ylabel="", limits=(0, 1), colours="viridis", bar=True, **axis):
-    shown = ax.imshow(x, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto", interpolation="nearest", **axis)
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    ax.set_title(title, fontsize=9)
-    ax.spines[:].set_visible(True)
-    if bar:
-        figure.colorbar(shown, ax=ax, shrink=.85)
 
 
 def names_of(cot, length):
@@ -1003,7 +987,7 @@ def draw_maps(arrays, flags):
                                  "(red: where an iteration head looks)", flags, columns=max(2, H), size=(5.2, 4.8))
     cells, names = ideal(L), names_of(arrays["cot"][0], L)
     for ax, (l, h) in zip(axes, np.ndindex(layers, H)):
-        image(ax, maps[l, h], f"layer {l + 1}, head {h + 1}", figure, "key", "query")
+        common.image(ax, maps[l, h], f"layer {l + 1}, head {h + 1}", figure, "key", "query", (0, 1))
         if arrays["cot"][0] and l in (0, layers - 1) and layers > 1:
             outline(ax, zip(*(x.tolist() for x in cells["second" if l else "first"])))
         ax.set_xticks(range(len(names)), names, fontsize=6, rotation=90)
@@ -1169,7 +1153,7 @@ def draw_scaling(arrays, flags):
                             fontsize=7,
                             color="black" if grid[i, j] > (3 if steps else .6) else "white")
         limits = (2, 4) if title.startswith("steps") else (0, 1)
-        image(ax, grid, title, figure, "Lmax", "width", limits)
+        common.image(ax, grid, title, figure, "Lmax", "width", limits)
         ax.set_xticks(range(len(sizes)), sizes)
         ax.set_yticks(range(len(rows)), [f"{d}" + (", one layer" if n == 1 else "") for d, n in rows])
     return figure
@@ -1306,8 +1290,8 @@ def draw_circuit(arrays, flags):
     ax.set(ylabel="share of the query's variance", ylim=(-.03, 1.05))
     ax.set_title("stream of the answering positions, before and after the first MLP", fontsize=8)
     first = arrays["cells"][pick(arrays, task=tasks[0])][:, 1]
-    image(axes[3], np.median(first, 0), f"{tasks[0]}: attention on x_t by position (t = L + 1: s_L on EoI)", figure, "t", "L",
-          extent=(.5, first.shape[2] + .5, first.shape[1] + .5, .5))
+    common.image(axes[3], np.median(first, 0), f"{tasks[0]}: attention on x_t by position (t = L + 1: s_L on EoI)", figure,
+                 "t", "L", (0, 1), extent=(.5, first.shape[2] + .5, first.shape[1] + .5, .5))
     for ax in axes[:3]:
         legend(ax)
     return figure
@@ -1320,7 +1304,7 @@ def draw_subtraction(arrays, flags):
     tasks = list(dict.fromkeys(arrays["task"]))
     for ax, task in zip(axes, tasks[:2]):
         x = arrays["looks"][pick(arrays, task=task)][0]
-        image(ax, x, f"{task}, seed {arrays['seed'][pick(arrays, task=task)][0]}: key most looked at", figure,
+        common.image(ax, x, f"{task}, seed {arrays['seed'][pick(arrays, task=task)][0]}: key most looked at", figure,
               "position of the query",
               "L (EoI at L + 1)", (0, flags.max_length + 1), extent=(-.5, x.shape[1] - .5, x.shape[0] + .5, .5))
         for L in range(1, len(x) + 1):
@@ -1329,7 +1313,8 @@ def draw_subtraction(arrays, flags):
                 ax.text(q, L, key, fontsize=6, ha="center", va="center", color="white" if key == q - L else ORANGE)
     table = arrays["table"][pick(arrays, task=tasks[0])].sum(0)
     with np.errstate(invalid="ignore"):
-        image(axes[2], table[0] / table[1], f"{tasks[0]}: F right at (s, x), s replaced", figure, "x_t", "s_{t-1}")
+        common.image(axes[2], table[0] / table[1], f"{tasks[0]}: F right at (s, x), s replaced", figure, "x_t", "s_{t-1}",
+                     (0, 1))
     if "parity" in tasks:
         at = np.flatnonzero(pick(arrays, task="parity"))[0]
         points, kind = arrays["pca"][at], arrays["pca_kind"][at]
@@ -1428,7 +1413,7 @@ def draw_memories(arrays, flags):
             for ax, x, colours, limits, what in ((axes[j], now, "Greys", (0, 1), ""),
                                                  (axes[3 + j], now - before, "RdYlGn", (-.2, .2), ", change")):
                 ax.clear()
-                image(ax, x, name + what, figure, columns, rows, limits, colours, bar=False)
+                common.image(ax, x, name + what, figure, columns, rows, limits, bar=False, cmap=colours)
         figure.suptitle(f"Three memories as probabilities; below, green grew and red shrank: step {arrays['frame_step'][i]}",
                         fontsize=10)
     return figure, len(arrays["frame_step"]), frame
@@ -1507,28 +1492,7 @@ def config_names(arrays, flags):
                                and arrays[f][r] != getattr(own, f)) or OWN for r in range(len(arrays["seed"]))])
 
 
-def as_designed(flags):
-    """Whether the study runs the configurations that its figure and claims are about."""
-    set_by_study = {k for p in points_of(flags) for k in p} - {"steps"}
-    return not flags.sweep and not set_by_study & getattr(flags, "given", set())
-
-
 COLUMNS = [f.name for f in fields(Flags) if f.name not in {g.name for g in fields(common.Flags)}] + ["seed", "steps"]
-
-
-def padded(arrays):
-    """Arrays end to end along the first axis, the other axes filled up with NaN (text: as it is)."""
-    if arrays[0].ndim == 1:
-        return np.concatenate(arrays)
-    shape = np.max([a.shape[1:] for a in arrays], 0)
-    grown = [np.pad(a.astype(float), [(0, 0), *((0, n - m) for n, m in zip(shape, a.shape[1:]))],
-                    constant_values=np.nan) for a in arrays]
-    return np.concatenate(grown)
-
-
-def stacked(rows):
-    """A list of dicts of arrays to one dict with a leading axis; {} of none."""
-    return {k: padded([np.asarray(row[k])[None] for row in rows]) for k in (rows[0] if rows else ())}
 
 
 def train_groups(flags, folder, after, given=lambda run, parts: from_checkpoint(run) if run.source else None):
@@ -1543,8 +1507,8 @@ def train_groups(flags, folder, after, given=lambda run, parts: from_checkpoint(
                   for k, v in metrics.items() if k.startswith("eval_") and v.ndim > 1}
         curves["eval_loss"] = curves.pop("loss")
         loss = curves["eval_loss"][:, -1]
-        curves = {k: blanked(v, loss) for k, v in curves.items()}
-        end = {k: blanked(v, loss) for k, v in stacked(
+        curves = {k: common.blanked(v, loss) for k, v in curves.items()}
+        end = {k: common.blanked(v, loss) for k, v in common.stacked(
             [after(run, common.run_of(state["params"], r)) for r, run in enumerate(runs)]).items()}
         sub.result(runs, metrics, {"loss": loss, **end, "accuracy": curves["accuracy"][:, -1]}, snapshots)
         curves["step"] = np.broadcast_to(metrics["eval_step"].astype(float), curves["eval_loss"].shape)
@@ -1557,20 +1521,14 @@ def train_groups(flags, folder, after, given=lambda run, parts: from_checkpoint(
     T = max(curves["step"].shape[1] for _, curves in columns)
     longer = lambda x: np.concatenate([x, np.repeat(x[:, -1:], T - x.shape[1], 1)], 1)
     columns = [single | {k: longer(v) for k, v in curves.items()} for single, curves in columns]
-    return parts, {k: padded([c[k] for c in columns]) for k in columns[0]}
-
-
-def blanked(x, loss):
-    """x [R, ..] with NaN in place of what diverged runs measure."""
-    lost = ~np.isfinite(loss)
-    return np.where(lost.reshape(-1, *[1] * (x.ndim - 1)), np.nan, x) if lost.any() else x
+    return parts, {k: common.padded([c[k] for c in columns]) for k in columns[0]}
 
 
 def measured(parts, columns, measure):
     """columns, and the arrays that measure(run, params) returns for every run, stacked."""
     rows = [measure(run, {k: p.nan_to_num(0, 0, 0) for k, p in common.run_of(params, r).items()})
             for runs, params, _ in parts for r, run in enumerate(runs)]
-    return columns | {k: blanked(v, columns["loss"]) for k, v in stacked(rows).items()}
+    return columns | {k: common.blanked(v, columns["loss"]) for k, v in common.stacked(rows).items()}
 
 
 def at_the_end(run, params):
@@ -1745,7 +1703,7 @@ def compute_induction(flags, folder):
         maps = torch.stack(read(params, tokens, run)[1])
         frames.append({"frames_one": maps[:, 0], "frames_mean": maps.mean(1),
                        **{f"memory_{k}": m.softmax(-1) for k, m in memories(run, params).items()}})
-    return columns | stacked(frames) | {
+    return columns | common.stacked(frames) | {
         "config": config_names(columns, flags), "frame_step": [int(s) for s in steps] or [run.steps], "example": tokens[0]}
 
 
@@ -1756,44 +1714,23 @@ def compute_data(flags, folder):
     return {"tokens": tokens, "length": length, "mask": mask, "vocabulary": vocabulary(flags)}
 
 
-def by_seed(arrays, values, **settings):
-    """One value a seed, in the order of the seeds, of the runs with these settings."""
-    mine = pick(arrays, **settings)
-    return values[mine][np.argsort(arrays["seed"][mine], kind="stable")]
+def always(arrays, say, flags):
+    """The claim that holds for every run."""
+    finite = np.isfinite(arrays["loss"])
+    if flags.study == "induction":
+        least = np.nanmin((arrays["eval_loss"] - arrays["floor"][:, None])[finite], initial=np.inf)
+        say("loss-above-bayes", "no loss lies below that of the Bayes predictor", "Bayes",
+            ">= -0.01 nats (256 sequences are a sample)", f"least difference {least:.3g} in {finite.sum()} runs",
+            bool(least > -.01) if finite.any() else None, True)
+    else:
+        agrees = arrays["generated_agrees"][finite]
+        say("generated-is-forced", "all answers are right teacher-forced if and only if they are all right generated (an "
+            "identity, checked)", "causality", "1 in every run",
+            f"{np.min(agrees, initial=1):.4g} at least, in {len(agrees)} runs",
+            bool((agrees == 1).all()) if len(agrees) else None, True)
 
 
-def judged(judge):
-    """judge(arrays, say, flags) as a study's judge: after the claim that holds for every run, and only where the study ran
-    whole, to its end, and at its own configurations; with fewer steps its claims stay open."""
-    def claims_of(arrays, flags):
-        own = type(flags)(**common.study_defaults(type(flags), flags.study, False))
-        same = not flags.smoke and as_designed(flags) and all(
-            getattr(flags, f) == getattr(own, f) for f in COLUMNS if f not in ("seed", "steps"))
-        whole = len(arrays["seed"]) == max(1, len(points_of(flags))) * flags.runs and (
-            arrays["step"].max(1) == arrays["steps"]).all()
-        claims, finite = [], np.isfinite(arrays["loss"])
-
-        def say(id, statement, source, expected, measured, agree, enough=flags.steps >= own.steps):
-            if isinstance(agree, np.ndarray):  # a run without a value, such as a diverged one, has no vote
-                known = ~np.isnan(measured if agree.dtype == bool and not isinstance(measured, str) else agree.astype(float))
-                agree = agree[known].astype(bool)
-            claims.append(common.claim(id, statement, source, expected, measured, agree, enough))
-
-        if flags.study == "induction":
-            least = np.nanmin((arrays["eval_loss"] - arrays["floor"][:, None])[finite], initial=np.inf)
-            say("loss-above-bayes", "no loss lies below that of the Bayes predictor", "Bayes",
-                ">= -0.01 nats (256 sequences are a sample)", f"least difference {least:.3g} in {finite.sum()} runs",
-                bool(least > -.01) if finite.any() else None, True)
-        else:
-            agrees = arrays["generated_agrees"][finite]
-            say("generated-is-forced", "all answers are right teacher-forced if and only if they are all right generated (an "
-                "identity, checked)", "causality", "1 in every run",
-                f"{np.min(agrees, initial=1):.4g} at least, in {len(agrees)} runs",
-                bool((agrees == 1).all()) if len(agrees) else None, True)
-        if same and whole:
-            judge(arrays, say, flags)
-        return claims
-    return claims_of
+judged = functools.partial(common.judged, always=always, columns=COLUMNS)
 
 
 def ratio(a, b):

@@ -19,6 +19,7 @@ group*/arrays.npz where shapes differ. metrics.npz: loss [T, R] every step, eval
 Claims come from research notes (an n-gram notebook), from Dana, Pydi & Chevaleyre, "Memorization in Attention-only
 Transformers", whose experiments these are, and from a prototype of this project.
 """
+import functools
 import itertools
 import math
 import re
@@ -30,7 +31,7 @@ import torch
 from torch.func import grad_and_value
 
 import common
-from common import flag
+from common import by_seed, flag, pick
 
 # ---- Flags ----------------------------------------------------------------------------------------------------------
 
@@ -452,11 +453,6 @@ def cosines(A, B):
     return torch.nn.functional.normalize(A, dim=-1) @ torch.nn.functional.normalize(B, dim=-1).mT
 
 
-def pick(arrays, **fields):
-    """Mask of the runs with these settings."""
-    return np.logical_and.reduce([arrays[f] == v for f, v in fields.items()])
-
-
 def bound(params, law):
     """Certified lower bound on the divergence of anything that is read by this run's U; NaN where the run diverged."""
     if not params["U"].isfinite().all():
@@ -718,18 +714,6 @@ def draw_scaling(fields, title):
     return or_levels(draw)
 
 
-def image(ax, x, title, figure, xlabel="", ylabel="", limits=None):
-    """A matrix as an image; without limits symmetric around 0."""
-    top = np.nanquantile(np.abs(x), .99) or 1.
-    low, high = limits or (-top, top)
-    shown = ax.imshow(x, aspect="auto", interpolation="nearest", cmap="viridis" if low == 0 else "RdBu_r", vmin=low, vmax=high)
-    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    ax.title.set_fontsize(8)
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.get_major_locator().set_params(integer=True)
-    figure.colorbar(shown, ax=ax, shrink=.85)
-
-
 def draw_attention(arrays, flags):
     """Attention of each head of the first seed to the first token, and the singular values of all maps."""
     maps = arrays["map"][0]
@@ -737,7 +721,7 @@ def draw_attention(arrays, flags):
     seen = arrays["seen"][0]
     order = np.argsort(~seen.any(1), kind="stable")  # first tokens that occur on top
     for h, ax in enumerate(axes[:-1]):
-        image(ax, maps[h][order], f"head {h}: probability of the first token", figure, "second token",
+        common.image(ax, maps[h][order], f"head {h}: probability of the first token", figure, "second token",
               "first token (those that occur first)", (0, 1))
         ax.axhline(seen.any(1).sum() - .5, color="white", lw=.8)
     if not seen.any(1).all():
@@ -768,7 +752,7 @@ def draw_heads(arrays, flags):
     axes[1].axhline(0, color="grey", lw=.6), axes[1].axvline(0, color="grey", lw=.6)
     axes[1].set(xlabel="solo margin of the head", ylabel="margin of the sum", title="group: all heads together")
     axes[1].legend(fontsize=7)
-    image(axes[2], arrays["sign_agreement"][0], "heads 0 and 1, mean over contexts with this answer:\n1 both raise, "
+    common.image(axes[2], arrays["sign_agreement"][0], "heads 0 and 1, mean over contexts with this answer:\n1 both raise, "
           "-1 both lower, 0 disagree", figure, "token whose logit is moved", "answer", (-1, 1))
     example = min(10, len(answer) - 1)
     width = .8 / (H + 1)
@@ -838,7 +822,7 @@ def draw_gram(key, title):
     def draw(arrays, flags):
         figure, axes = common.panels(4, title, flags)
         for ax, x, name in zip(axes, arrays.get(f"gram_{key}", ()), arrays["gram_name"]):
-            image(ax, x, str(name), figure)
+            common.image(ax, x, str(name), figure)
         for ax in axes[len(arrays["gram_name"]):]:
             ax.set_axis_off()
         return figure
@@ -850,7 +834,7 @@ def draw_tokens(arrays, flags):
     names = [n for n in arrays["gram_name"] if n.startswith("transformer")]
     figure, axes = common.panels(2, "What attention reads: (E + P)(E + P)', first position, then second", flags)
     for ax, x, name in zip(axes, arrays.get("gram_tokens", ()), names):
-        image(ax, x, str(name), figure)
+        common.image(ax, x, str(name), figure)
     return figure
 
 
@@ -1014,7 +998,7 @@ def train_groups(flags, folder, given=lambda run, parts: {}):
         state, metrics, snapshots = train(runs, laws, sub, lambda run: given(run, parts))
         params = state["params"]
         final = {"loss": metrics["eval_loss"][-1], "accuracy": metrics["eval_accuracy"][-1],
-                 **stacked([known(law) for law in laws]),
+                 **common.stacked([known(law) for law in laws]),
                  "bound": np.array([bound(common.run_of(params, r), law) for r, law in enumerate(laws)]),
                  "infimum": np.array([infimum(run) for run in runs])}
         sub.result(runs, metrics, final, snapshots)
@@ -1046,11 +1030,6 @@ def each_run(parts):
     for runs, params, laws, _ in parts:
         for r, run in enumerate(runs):
             yield run, {k: p.double().nan_to_num(0, 0, 0) for k, p in common.run_of(params, r).items()}, laws[r]
-
-
-def stacked(rows):
-    """A list of dicts of arrays to one dict with a leading axis; {} of none."""
-    return {k: np.stack([np.asarray(row[k]) for row in rows]) for k in (rows[0] if rows else ())}
 
 
 def compute_levels(flags, folder):
@@ -1108,7 +1087,7 @@ def compute_attention(flags, folder):
         centred = torch.linalg.svdvals(occur - occur.mean((1, 2), keepdim=True)).square()
         rows.append({"map": maps, "seen": seen, "singular": torch.linalg.svdvals(maps),
                      "singular_start": torch.linalg.svdvals(start), "rank_one": centred[:, 0] / centred.sum(1)})
-    return columns | stacked(rows)
+    return columns | common.stacked(rows)
 
 
 def compute_heads(flags, folder):
@@ -1126,7 +1105,7 @@ def compute_heads(flags, folder):
                      "coefficient": out.mT @ basis.T, "sign_agreement": sign_agreement(contribution, answer),
                      "skip_logits": (1 - number["skip_residual"]) * params["E"][law["x2"]] @ U.T,
                      "logits": forward(params, torch.stack(pair, 1), number, run)[:, 1]})
-    return columns | stacked(rows)
+    return columns | common.stacked(rows)
 
 
 def compute_superposition(flags, folder):
@@ -1163,7 +1142,7 @@ def compute_superposition(flags, folder):
                 h = (params["E"] + params["P"][:, None]).flatten(0, 1)
                 tokens[name] = {"gram_tokens": h @ h.T}
     names = {"gram_name": np.array(list(grams))}
-    return columns | stacked(rows) | stacked(list(grams.values())) | stacked(list(tokens.values())) | names
+    return columns | common.stacked(rows) | common.stacked(list(grams.values())) | common.stacked(list(tokens.values())) | names
 
 
 def compute_subspace(flags, folder):
@@ -1176,7 +1155,7 @@ def compute_subspace(flags, folder):
         _, values, directions = torch.linalg.svd(L - L.mean(1, keepdim=True), full_matrices=False)
         rows.append({"distance": subspace_distance(params["U"], directions[:run.d_model].T),
                      "gap": 1 - values[run.d_model] / values[run.d_model - 1]})
-    return columns | stacked(rows)
+    return columns | common.stacked(rows)
 
 
 def compute_optimum(flags, folder):
@@ -1194,38 +1173,21 @@ def compute_optimum(flags, folder):
                      "trained": mean(e @ U.T), "w_star": mean(weighted_least_squares(U, after) @ U.T),
                      "least_squares": mean(truncation(L, run.d_model)),
                      "transposed": mean(e.view(N, N, -1).transpose(0, 1).flatten(0, 1) @ U.T)})
-    return columns | stacked(rows)
+    return columns | common.stacked(rows)
 
 
-def judged(judge):
-    """judge(arrays, say, flags) as a study's judge: after the claims that hold for every run, and only where the study ran as
-    its claims were written (its own configurations, all of them); with fewer steps these stay open."""
-    def claims_of(arrays, flags):
-        own = type(flags)(**common.study_defaults(type(flags), flags.study, False))
-        same = not flags.smoke and not flags.sweep and all(getattr(flags, f) == getattr(own, f) for f in COLUMNS if f != "seed")
-        claims, finite = [], np.isfinite(arrays["loss"])
-
-        def say(id, statement, source, expected, measured, agree, enough=flags.steps >= own.steps):
-            if isinstance(agree, np.ndarray) and not isinstance(measured, str):
-                agree = agree[np.isfinite(measured)]  # a diverged run has no vote
-            claims.append(common.claim(id, statement, source, expected, measured, agree, enough))
-
-        sound, under = ((arrays[a] - arrays[b])[finite] for a, b in (("loss", "bound"), ("ceiling", "accuracy")))
-        least = lambda x: f"least difference {min(x, default=math.nan):.2g} in {len(x)} runs"
-        say("loss-above-bound", "no divergence lies below the certified bound of its own U", "convexity, weak duality", ">= 0",
-            f"{least(sound)}, {(arrays['bound'][finite] > 0).sum()} bounds above 0", bool((sound > -1e-6).all()), True)
-        say("accuracy-below-ceiling", "no accuracy lies above E[max pi_3]", "Bayes", ">= 0", least(under),
-            bool((under > -1e-9).all()), True)
-        if same and len(arrays["seed"]) == sum(map(len, common.groups_of_runs(flags))):
-            judge(arrays, say, flags)
-        return claims
-    return claims_of
+def always(arrays, say, flags):
+    """The claims that hold for every run."""
+    finite = np.isfinite(arrays["loss"])
+    sound, under = ((arrays[a] - arrays[b])[finite] for a, b in (("loss", "bound"), ("ceiling", "accuracy")))
+    least = lambda x: f"least difference {min(x, default=math.nan):.2g} in {len(x)} runs"
+    say("loss-above-bound", "no divergence lies below the certified bound of its own U", "convexity, weak duality", ">= 0",
+        f"{least(sound)}, {(arrays['bound'][finite] > 0).sum()} bounds above 0", bool((sound > -1e-6).all()), True)
+    say("accuracy-below-ceiling", "no accuracy lies above E[max pi_3]", "Bayes", ">= 0", least(under),
+        bool((under > -1e-9).all()), True)
 
 
-def by_seed(arrays, key, **fields):
-    """One value a seed, in the order of the seeds, of the runs with these settings."""
-    mine = pick(arrays, **fields)
-    return arrays[key][mine][np.argsort(arrays["seed"][mine], kind="stable")]
+judged = functools.partial(common.judged, always=always, columns=COLUMNS)
 
 
 @judged

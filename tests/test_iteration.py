@@ -245,10 +245,10 @@ def test_small_measures():
         assert torch.allclose(patch(name, x), expected) and patch(other, x) is x
     two = np.array([.1, .2, .7, .4]).reshape(1, 1, 2, 2).repeat(2, 1)  # [R, T, layers, H]
     a = {"n_layers": np.array([1, 2]), "max_length": np.array([2, 3]), "seed": np.array([1, 0]), "accuracy": np.ones((2, 2)),
-         "peak_first": exp.padded([np.full((1, 2, 1, 2), .3), two]), "by_length": np.arange(12.).reshape(2, 2, 3),
+         "peak_first": common.padded([np.full((1, 2, 1, 2), .3), two]), "by_length": np.arange(12.).reshape(2, 2, 3),
          "weight_second": np.stack([two[0], two[0, :, ::-1]]), "entropy_second": np.arange(16.).reshape(2, 2, 2, 2)}
     assert [exp.head_of(a, "first", l)[:, -1].tolist() for l in (None, 0, -1)] == [[.3, .7], [.3, .2], [.3, .7]]
-    assert exp.last_length(a).tolist() == [4, 11] and exp.by_seed(a, exp.last_length(a)).tolist() == [11, 4]
+    assert exp.last_length(a).tolist() == [4, 11] and common.by_seed(a, exp.last_length(a)).tolist() == [11, 4]
     assert exp.second_entropy(a).tolist() == [[2, 6], [8, 12]]  # at the end head (1, 0) looks most, then (0, 0)
 
 

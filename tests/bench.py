@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import exp_addition
 import exp_iteration_head as exp_iteration
+import exp_layernorm_landscape as exp_landscape
 import exp_ngram_superposition as exp_ngram
 
 # ---- Measuring ------------------------------------------------------------------------------------------------------
@@ -40,10 +41,10 @@ def clock(f, *arguments):
     return time.perf_counter() - start
 
 
-def compiled(Fused, *arguments):
+def compiled(Fused, *arguments, **options):
     """Fused(*arguments), compiled from scratch."""
     with fresh_cache(), contextlib.redirect_stdout(None):
-        fused = Fused(*arguments)
+        fused = Fused(*arguments, **options)
     if not fused.compiled:
         raise SystemExit(f"no ratio without a compiler: {fused.why}")
     return fused
@@ -57,10 +58,11 @@ def agree(name, notebook, ours, tolerance=1e-4):
         raise SystemExit(f"{name}: the losses of notebook and ours differ by {gap:.2g}\n{a}\n{b}")
 
 
-def row(name, runs, notebook, fused, draw, repeats, seconds):
+def row(name, runs, notebook, fused, draw, repeats, seconds, checked=False):
     """One line of the table. notebook(n): losses [n, R] of n steps of each run; draw(n): data [n, R, ..] for fused."""
     ours = lambda n: fused(draw(n))["loss"]
-    agree(name, notebook, ours)
+    if not checked:
+        agree(name, notebook, ours)
     chunks = lambda n: [ours(common.CHUNK) for _ in range(n)]
     lasting = lambda f, n: max(n, round(n * seconds / clock(f, n)))  # how many take about `seconds`
     steps, count = lasting(notebook, 3), lasting(chunks, 1)
@@ -318,6 +320,127 @@ def iteration_row(name, repeats, seconds, **fields):
     return row(name, 1, notebook, fused, draw, repeats, seconds)
 
 
+# ---- Landscape ------------------------------------------------------------------------------------------------------
+
+class AssociativeMemory(nn.Module):
+    """Logits u_y . N(W e_x), N none or onto the sphere."""
+
+    def __init__(self, W, law, norm, eps):
+        super().__init__()
+        self.W, self.norm, self.eps = nn.Parameter(W.clone()), norm, eps
+        self.register_buffer("E", law["E"].to(W.dtype))
+        self.register_buffer("U", law["U"].to(W.dtype))
+
+    def forward(self, x):
+        h = self.E[x] @ self.W.T
+        if self.norm == "sphere":
+            h = h / (h.pow(2).sum(1, keepdim=True) + self.eps).sqrt()
+        return h @ self.U.T
+
+
+def landscape_row(name, repeats, seconds, runs):
+    """Runs that share a program. First W is compared after three steps: ours logs the exact loss, a notebook its batch's."""
+    flags, dtype = runs[0], getattr(torch, runs[0].dtype)
+    state, laws = common.stack(exp_landscape.start(run) for run in runs), [exp_landscape.law_of(run) for run in runs]
+    models = [AssociativeMemory(W, law, run.norm, run.eps) for run, W, law in zip(runs, state["params"]["W"], laws)]
+    kinds = {"gd": torch.optim.SGD, "sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+    optimisers = [kinds[run.optimiser](model.parameters(), lr=run.lr) for run, model in zip(runs, models)]
+    theirs, mine = itertools.count(), itertools.count()
+
+    def notebook(steps):
+        chunk, x = next(theirs), torch.arange(flags.n_tokens)
+        for run, law, model, optimiser in zip(runs, laws, models, optimisers):
+            p = law["joint"].sum(1).to(dtype)
+            drawn = exp_landscape.pairs(run, chunk)[:steps] if run.batch else [x * run.n_classes + x % run.n_classes] * steps
+            for pair in drawn:
+                x, y = pair // run.n_classes, pair % run.n_classes
+                each = F.cross_entropy(model(x), y, reduction="none")
+                loss = each.mean() if run.batch else (p * each).sum()
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                loss.item()
+        return torch.stack([model.W.detach().flatten() for model in models], 1)
+
+    def draw(steps):
+        chunk, empty = next(mine), torch.zeros(len(runs), steps, 0)
+        data = [exp_landscape.draws(run, chunk)[:steps].to(dtype) for run in runs] if flags.batch else empty
+        return torch.stack(list(data), 1)
+    fused = compiled(common.Fused, exp_landscape.step_of(flags, False, flags.batch > 0), state, exp_landscape.constants(runs),
+                     draw(1)[0], flags, common.CHUNK, unroll=exp_landscape.unroll(flags))
+    mine = itertools.count()
+    agree(name, notebook, lambda n: [fused(draw(n)), fused.state()["params"]["W"].flatten(1).T][1])
+    theirs, mine = (itertools.count(1) for _ in range(2))
+    return row(name, len(runs), notebook, fused, draw, repeats, seconds, checked=True)
+
+
+def rates_row(name, *a, **fields):
+    base = replace(exp_landscape.Flags(study="rates", compile="on", device="cpu", init_scale=0.), **fields)
+    return landscape_row(name, *a, [replace(base, **point) for point in exp_landscape.points_of(base)])
+
+
+def ranking_row(name, *a, d, methods):
+    base = exp_landscape.Flags(compile="on", device="cpu", **exp_landscape.Flags.per_study["ranking"] | dict(d_model=d))
+    runs = [replace(base, optimiser=o, norm=norm, lr=.1 / (1 if o == "sgd" else d), seed=seed)
+            for o, norm in map(exp_landscape.METHODS.get, methods) for seed in range(base.runs)]
+    return landscape_row(name, *a, runs)
+
+
+class PlaneModel(nn.Module):
+    """Learned query over twelve positions, RMS norms without gain, GELU MLP, untied unembedding."""
+
+    def __init__(self, params):
+        super().__init__()
+        (vocab, d), hidden = params["E"].shape, params["W_in"].shape[1]
+        self.tokens, self.positions = nn.Embedding(vocab, d), nn.Embedding(len(params["P"]), d)
+        self.query, self.value = nn.Parameter(params["query"].clone()), nn.Linear(d, d, bias=False)
+        self.norm = nn.RMSNorm(d, eps=exp_landscape.RMS_EPS, elementwise_affine=False)
+        self.inner, self.outer, self.head = nn.Linear(d, hidden), nn.Linear(hidden, d), nn.Linear(d, vocab, bias=False)
+        with torch.no_grad():
+            for parameter, value in ((self.tokens.weight, params["E"]), (self.positions.weight, params["P"]),
+                                     (self.value.weight, params["W_V"].T), (self.inner.weight, params["W_in"].T),
+                                     (self.inner.bias, params["b_in"]), (self.outer.weight, params["W_out"].T),
+                                     (self.outer.bias, params["b_out"]), (self.head.weight, params["U"])):
+                parameter.copy_(value)
+
+    def forward(self, x):
+        u = self.norm(self.tokens(x) + self.positions.weight)
+        attention = (u @ self.query / u.shape[-1] ** .5).softmax(-1)
+        h = (attention[..., None] * self.value(u)).sum(1)
+        return self.head(h + self.outer(F.gelu(self.inner(self.norm(h)))))
+
+
+def clusters_row(name, repeats, seconds, count):
+    base = exp_landscape.Flags(study="clusters", compile="on", device="cpu", **exp_landscape.Flags.per_study["clusters"])
+    runs = [replace(base, seed=seed) for seed in range(count)]
+    sets = [exp_landscape.sequences(run) for run in runs]
+    state = common.stack(exp_landscape.start_plane(run) for run in runs)
+    models = [PlaneModel(common.run_of(state["params"], r)) for r in range(count)]
+    optimisers = [torch.optim.Adam(model.parameters(), lr=base.lr) for model in models]
+    theirs, mine = itertools.count(), itertools.count()
+
+    def notebook(steps):
+        losses, chunk = torch.zeros(steps, count), next(theirs)
+        for r, (run, model, optimiser) in enumerate(zip(runs, models, optimisers)):
+            data = exp_landscape.sample_sequences(run, sets[r], chunk)
+            for step, (x, y) in enumerate(zip(data["x"][:steps].long(), data["y"][:steps].long())):
+                loss = F.cross_entropy(model(x)[:, :run.modulus], y)
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                losses[step, r] = loss.item()
+        return losses
+
+    def draw(steps):
+        chunk = next(mine)
+        each = [exp_landscape.sample_sequences(run, s, chunk) for run, s in zip(runs, sets)]
+        return common.tree(lambda *x: torch.stack(x, 1)[:steps], *each)
+    fused = compiled(common.Fused, exp_landscape.step_of_plane(base), state, exp_landscape.constants_plane(runs, state),
+                     common.tree(lambda x: x[0], draw(1)), base, common.CHUNK)
+    mine = itertools.count()
+    return row(name, count, notebook, fused, draw, repeats, seconds)
+
+
 # ---- The table: experiment -> workloads, each a function (repeats, seconds) -> a line ------------------------------------
 
 ROWS = {
@@ -342,6 +465,15 @@ ROWS = {
         lambda *a: iteration_row("iteration d=64, Lmax 16, batch 256", *a, max_length=16, batch=256),
         lambda *a: iteration_row("iteration d=128, Lmax 16, batch 256 (the original: 509 ms)", *a, d_model=128, max_length=16,
                                  batch=256),
+    ],
+    "landscape": [
+        lambda *a: rates_row("landscape, rates, 1,000 settings", *a),
+        lambda *a: rates_row("landscape, rates, 1,000 settings, float32", *a, dtype="float32"),
+        lambda *a: ranking_row("landscape, ranking d=10, SGD and LN", *a, d=10, methods=("SGD", "LN")),
+        lambda *a: ranking_row("landscape, ranking d=10, Adam and Adam+LN", *a, d=10, methods=("Adam", "Adam+LN")),
+        lambda *a: ranking_row("landscape, ranking d=100, SGD and LN", *a, d=100, methods=("SGD", "LN")),
+        lambda *a: ranking_row("landscape, ranking d=100, Adam and Adam+LN", *a, d=100, methods=("Adam", "Adam+LN")),
+        lambda *a: clusters_row("clusters, width 128, batch 32", *a, 16),
     ],
 }
 

@@ -375,14 +375,14 @@ class Fused:
 
     state: nested dict of tensors [R, ...] with "params" in it; numbers: what else a step needs of its run, tensors [R, ...];
     example: data of one step [R, ...]; unroll: steps that share a compiled graph (a call costs 50 to 100 microseconds, which
-    only tiny steps feel). In blocks of more than 16 runs the runs are the innermost axis, along which tiny steps vectorise.
+    only tiny steps feel). In blocks of 128 runs or more the runs are the innermost axis, along which tiny steps vectorise.
     `compiled`, `why` and `compile_seconds` say what was decided; pass `compiled` of an earlier part of the same run to keep
     its decision."""
 
     def __init__(self, step, state, numbers, example, flags, steps, compiled=None, unroll=1):
         self.at, self.runs, self.unroll = device(flags), len(leaves(state)[0]), unroll
         self.size = block_size(flags, state["params"], numbers)
-        self.axis = 0 if self.size <= 16 or self.at.type != "cpu" else -1  # where the runs of a block lie
+        self.axis = -1 if self.size >= 128 and self.at.type == "cpu" else 0  # where the runs of a block lie
         padded = torch.arange(-(-self.runs // self.size) * self.size).clamp(max=self.runs - 1)
         self.index = list(padded.split(self.size))
         move = lambda x: [tree(lambda leaf: self.laid(leaf[i], 0).to(self.at), x) for i in self.index]

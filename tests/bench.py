@@ -351,7 +351,10 @@ def landscape_row(name, repeats, seconds, runs):
         chunk, x = next(theirs), torch.arange(flags.n_tokens)
         for run, law, model, optimiser in zip(runs, laws, models, optimisers):
             p = law["joint"].sum(1).to(dtype)
-            drawn = exp_landscape.pairs(run, chunk)[:steps] if run.batch else [x * run.n_classes + x % run.n_classes] * steps
+            drawn = [x * run.n_classes + x % run.n_classes] * steps
+            if run.batch:
+                counts = (exp_landscape.draws(run, chunk)[:steps] * run.batch).round().int().flatten(1)
+                drawn = [torch.arange(len(c)).repeat_interleave(c) for c in counts]
             for pair in drawn:
                 x, y = pair // run.n_classes, pair % run.n_classes
                 each = F.cross_entropy(model(x), y, reduction="none")
@@ -379,9 +382,10 @@ def rates_row(name, *a, **fields):
     return landscape_row(name, *a, [replace(base, **point) for point in exp_landscape.points_of(base)])
 
 
-def ranking_row(name, *a, d, methods):
-    base = exp_landscape.Flags(compile="on", device="cpu", **exp_landscape.Flags.per_study["ranking"] | dict(d_model=d))
-    runs = [replace(base, optimiser=o, norm=norm, lr=.1 / (1 if o == "sgd" else d), seed=seed)
+def ranking_row(name, *a, d, block, methods):
+    own = exp_landscape.Flags.per_study["ranking"] | dict(d_model=d, block=block)
+    base = exp_landscape.Flags(compile="on", device="cpu", **own)
+    runs = [replace(base, optimiser=o, norm="sphere" if norm else "none", lr=.1 / (1 if o == "sgd" else d), seed=seed)
             for o, norm in map(exp_landscape.METHODS.get, methods) for seed in range(base.runs)]
     return landscape_row(name, *a, runs)
 
@@ -469,10 +473,14 @@ ROWS = {
     "landscape": [
         lambda *a: rates_row("landscape, rates, 1,000 settings", *a),
         lambda *a: rates_row("landscape, rates, 1,000 settings, float32", *a, dtype="float32"),
-        lambda *a: ranking_row("landscape, ranking d=10, SGD and LN", *a, d=10, methods=("SGD", "LN")),
-        lambda *a: ranking_row("landscape, ranking d=10, Adam and Adam+LN", *a, d=10, methods=("Adam", "Adam+LN")),
-        lambda *a: ranking_row("landscape, ranking d=100, SGD and LN", *a, d=100, methods=("SGD", "LN")),
-        lambda *a: ranking_row("landscape, ranking d=100, Adam and Adam+LN", *a, d=100, methods=("Adam", "Adam+LN")),
+        lambda *a: ranking_row("landscape, ranking d=10, SGD and LN, --block 20", *a, d=10, block=20,
+                               methods=("SGD", "LN")),
+        lambda *a: ranking_row("landscape, ranking d=10, Adam and Adam+LN, --block 20", *a, d=10, block=20,
+                               methods=("Adam", "Adam+LN")),
+        lambda *a: ranking_row("landscape, ranking d=100, SGD and LN, --block 4", *a, d=100, block=4,
+                               methods=("SGD", "LN")),
+        lambda *a: ranking_row("landscape, ranking d=100, Adam and Adam+LN, --block 4", *a, d=100, block=4,
+                               methods=("Adam", "Adam+LN")),
         lambda *a: clusters_row("clusters, width 128, batch 32", *a, 16),
     ],
 }

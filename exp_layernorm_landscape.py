@@ -177,15 +177,19 @@ def draws(flags, chunk):
 
 @functools.lru_cache(64)  # runs that differ in what trains them, not in what they see, share their draws
 def counted(seed, chunk, batch, *law):
-    """A multinomial, pair after pair: each comes Binomial(those left, its share of what is left) times."""
+    """A multinomial by halving: of n draws Binomial(n, share) fall into the first half of the pairs, and so on in each half."""
     joint, g = joint_of(Flags(**dict(zip(LAW, law)))), common.generator(seed, "train", chunk)
-    p, left = joint.flatten(), torch.full((common.CHUNK,), float(batch), dtype=torch.float64)
-    counts = torch.zeros(len(p), common.CHUNK, dtype=torch.float64)
-    rest = p.flip(0).cumsum(0).flip(0)  # of this pair and all after it
-    for i in p.nonzero()[:, 0]:
-        counts[i] = torch.binomial(left, (p[i] / rest[i]).clamp(max=1).expand_as(left), generator=g)
-        left = left - counts[i]
-    return counts.T.reshape(-1, *joint.shape) / batch
+    likely = joint.flatten().nonzero()[:, 0]
+    p = torch.zeros(2 ** math.ceil(math.log2(len(likely))), dtype=torch.float64)
+    p[:len(likely)] = joint.flatten()[likely]
+    n = torch.full((common.CHUNK, 1), float(batch), dtype=torch.float64)
+    while n.shape[1] < len(p):
+        first, second = p.view(n.shape[1], 2, -1).sum(2).unbind(1)
+        left = torch.binomial(n, (first / (first + second)).nan_to_num(0).expand_as(n).contiguous(), generator=g)
+        n = torch.stack([left, n - left], 2).flatten(1)
+    counts = torch.zeros(common.CHUNK, joint.numel(), dtype=torch.float64)
+    counts[:, likely] = n[:, :len(likely)]
+    return counts.view(-1, *joint.shape) / batch
 
 
 def embeddings(kind, n, d, cos, generator):

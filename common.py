@@ -889,9 +889,9 @@ def claim(id, statement, source, expected, measured, agree, enough=True):
                 holds=None if holds is None or not enough else bool(holds))
 
 
-def as_designed(flags):
-    """Whether the study runs the configurations that its figure and claims are about."""
-    return not flags.sweep and not {k for p in flags.points() for k in p} - {"steps"} & getattr(flags, "given", set())
+def as_designed(flags, free=()):
+    """Whether the study runs the configurations that its figure and claims are about, but for the fields `free`."""
+    return not flags.sweep and not {k for p in flags.points() for k in p} - {"steps", *free} & getattr(flags, "given", set())
 
 
 def judged(judge, always, columns):

@@ -86,8 +86,7 @@ class Flags(common.Flags):
                       eps=0.),
         "norm": dict(steps=3000, runs=16, emb="canonical", eps=0., lr=1.),
         "convexity": dict(steps=3000, runs=64, optimiser="momentum", n_tokens=1, n_classes=3, emb="canonical", unemb="fan",
-                          law="uniform",
-                          norm="sphere", lr=.1),
+                          law="uniform", norm="sphere", lr=.1),
         "projections": dict(steps=3000, runs=8, emb="canonical", lr=1.),
         "spikes": dict(steps=300, runs=16, cos=.95, lr=10.),
         "rates": dict(runs=1, init_scale=0.),
@@ -146,9 +145,8 @@ def check_clusters(flags):
         from_checkpoint(flags)
 
 
-CLUSTERS = {"modulus", "seq_length", "sparsity", "n_train", "width", "untied", "freeze", "source", "vocab", "max_width",
-            "max_batch",
-            "evals"}  # flags of that study alone
+CLUSTERS = {"modulus", "seq_length", "sparsity", "n_train", "width", "untied", "freeze", "source", "vocab",
+            "max_width", "max_batch", "evals"}  # flags of that study alone
 LAYER = {"ln", "n_tokens", "n_classes", "emb", "unemb", "cos", "law", "p1", "zipf", "label_noise", "norm", "eps", "init_scale",
          "optimiser", "momentum", "beta1", "beta2", "adam_eps", "dtype"}  # and of all the others
 LAW = ("n_tokens", "n_classes", "law", "p1", "zipf", "label_noise")  # what p(x, y) depends on
@@ -303,6 +301,11 @@ def loss_and_gradient(W, joint, n):
     return seen, product(back, n["E"])
 
 
+def directions(W, n):
+    """W e_x / |W e_x| [N, d], what a class C(W) is about."""
+    return torch.nn.functional.normalize(product(n["E"], W.T), dim=-1)
+
+
 # The study `clusters`: a one-layer transformer all of whose vectors may lie in the plane; matrices act on row vectors here.
 
 PARTS = {"attention": ("query", "W_V"), "mlp": ("W_in", "b_in", "W_out", "b_out")}  # what --freeze keeps
@@ -359,13 +362,6 @@ def read_plane(params, h, number, floor=None):
     unembedding = torch.where(number["untied"] > 0, params["U"], params["E"])
     logits = out @ unembedding.T
     return torch.where(torch.arange(logits.shape[-1], device=h.device) < number["modulus"], logits, -1e9), hidden, out
-
-
-def plain_plane(params, x, number):
-    """Logits [n, V] of tokens x [n, L], sequence by sequence and position by position: what the table must agree with."""
-    u = rms(params["E"][x] + params["P"])
-    a = torch.softmax(u @ params["query"] / math.sqrt(u.shape[-1]), -1)
-    return read_plane(params, (a[..., None] * (u @ params["W_V"])).sum(1), number)[0]
 
 
 def one_hot(x, vocab):
@@ -429,15 +425,14 @@ def gram_schmidt(W):
 def class_dimension(W, n):
     """Dimension of the notes' class C(W) = {V: N(V e_x) = N(W e_x) for all x}, N = sphere: what the Jacobian of the vectors
     kills."""
-    J = torch.func.jacrev(lambda W: torch.nn.functional.normalize(product(n["E"], W.T), dim=1))(W).reshape(-1, W.numel())
+    J = torch.func.jacrev(lambda W: directions(W, n))(W).reshape(-1, W.numel())
     return W.numel() - int(torch.linalg.matrix_rank(J, rtol=1e-9))
 
 
 def class_step(W, n, factors, lr):
     """Does one gradient step map classes to classes? V in C(W) with V e_x = factor_x W e_x takes a step of every rate; the
     least largest angle (radians) between N(V_1 e_x) and N(W_1 e_x), over the largest angle by which the step of W turned."""
-    unit = lambda W: torch.nn.functional.normalize(product(n["E"], W.T), dim=1)
-    grad = lambda W: loss_and_gradient(W, n["joint"], n)[1]
+    unit, grad = lambda W: directions(W, n), lambda W: loss_and_gradient(W, n["joint"], n)[1]
     angle = lambda a, b: 2 * ((a - b).norm(dim=-1).amax(-1) / 2).clamp(max=1).asin()
     V = (torch.linalg.pinv(n["E"]) @ (factors[:, None] * product(n["E"], W.T))).T
     after, rates = unit(W - lr * grad(W)), lr * torch.logspace(-10, 10, 2001, 2, dtype=torch.float64)
@@ -840,8 +835,7 @@ def or_curves(draw, free=(), first=True):
     """draw, or where the study was stopped or doesn't run its own configurations (but for the fields `free`), curves of those
     that it ran, in its first figure."""
     def drawn(arrays, flags):
-        own = {k for p in flags.points() for k in p} - {"steps", *free}
-        if getattr(flags, "finished", True) and not flags.sweep and not own & getattr(flags, "given", set()):
+        if getattr(flags, "finished", True) and common.as_designed(flags, free):
             return draw(arrays, flags)
         return draw_curves(arrays, flags) if first else None
     return drawn
@@ -901,8 +895,7 @@ def torus(ax, law):
     ax.set(xlabel="theta_1", ylabel="theta_2", xticks=ticks, yticks=ticks, xlim=(-math.pi, 2 * math.pi),
            ylim=(-math.pi, 2 * math.pi))
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(lambda x, _: "0" if not x else f"{x / math.pi:g}π".replace("1π", "π") if abs(x) == math.pi
-                                else f"{x / math.pi:g}π")
+        axis.set_major_formatter(lambda x, _: f"{x / math.pi:g}π".replace("1π", "π") if x else "0")
 
 
 def near_home(angles):
@@ -926,8 +919,7 @@ def draw_plain(near):
             for kind in dict.fromkeys(kinds):
                 for i, path in enumerate(paths[kinds == kind]):
                     ax.plot(*path.T, STYLE.get(kind, "-"), color=COLOUR[kind], lw=1.3 if i == 0 else .5,
-                            alpha=1 if i == 0 else .6,
-                            label=kind if i == 0 else None)
+                            alpha=1 if i == 0 else .6, label=kind if i == 0 else None)
             ax.plot(*paths[:, 0].T, "k.", ms=3)
             ax.set_title(f"cos {c:g}", fontsize=9)
         axes[0].legend(fontsize=6.5, loc="lower left")
@@ -1016,7 +1008,7 @@ def draw_ranking(arrays, flags):
             mine = shape & (arrays["method"] == method) & np.isclose(arrays["rate"], rate)
             spots(ax, arrays["d_model"][mine], error(arrays)[mine], colour, f"{method} ({flags.runs} seeds a width)")
         common.shelf(ax, arrays["guess"][shape][0], "always the likeliest class")
-        ax.set(xscale="log", yscale="symlog", xlabel="width d", ylabel="error", ylim=(-.0005, 1))
+        ax.set(xscale="log", xlabel="width d", ylabel="error", ylim=(-.0005, 1))
         ax.set_yscale("symlog", linthresh=.01)
         ax.set_title(f"lr {rate:g}", fontsize=9)
         ax.set_xticks(np.unique(arrays["d_model"][shape]), [str(d) for d in np.unique(arrays["d_model"][shape])])
@@ -1225,12 +1217,9 @@ def draw_projections(arrays, flags):
             axes[0].plot(arrays["f1"][i, 0], arrays["f2"][i, 0], "k.", ms=4)
             for r in np.flatnonzero(mine):
                 axes[1].plot(t, arrays["f2"][r], style, color=colour, lw=1.2 if r == i else .5)
-            if norm == "none":
-                axes[2].plot(t, arrays["loss"][i], color=colour, lw=1.3, label=f"W_0 scale {scale:g}")
-                axes[2].plot(t, arrays["guarantee"][i], "--", color=colour, lw=.9)
-            else:
-                axes[3].plot(t, arrays["loss"][i], color=colour, lw=1.3, label=f"W_0 scale {scale:g}")
-                axes[3].plot(t, arrays["guarantee"][i], "--", color=colour, lw=.9)
+            ax = axes[2 if norm == "none" else 3]
+            ax.plot(t, arrays["loss"][i], color=colour, lw=1.3, label=f"W_0 scale {scale:g}")
+            ax.plot(t, arrays["guarantee"][i], "--", color=colour, lw=.9)
     limit = np.nanmax(arrays["limit"])
     common.shelf(axes[1], limit, f"log(p1/p2)/2 = {limit:.3f}: from zero, without N", colour=BLACK)
     axes[0].set(xlabel="f1", ylabel="f2", xscale="symlog", yscale="symlog")
@@ -1330,15 +1319,15 @@ def draw_causes(arrays, flags):
     axes[1].set_title("in brackets: share of all steps", fontsize=9)
     axes[1].legend(fontsize=6.5, ncol=2)
     relief = arrays["relieved"][np.isfinite(arrays["relieved"]).all(1)]
-    for i, name in enumerate(("short vector made\nas long as usual", "other vector made\ntwice as long", "half the rate")):
+    names = "short vector made\nas long as usual", "other vector made\ntwice as long", "half the rate"
+    for i in range(len(names)):
         spread = np.random.default_rng(0).uniform(-.2, .2, len(relief))
         axes[2].plot(i + spread, np.clip(relief[:, i], -1, 3), "o", ms=4, alpha=.6, mew=0, color=common.COLOURS[i])
         if len(relief):
             axes[2].plot(i, np.median(relief[:, i]), "_", color=BLACK, ms=24, mew=2)
     common.shelf(axes[2], 1, "as it was")
     common.shelf(axes[2], .5, "gone below")
-    axes[2].set_xticks(range(3), ("short vector made\nas long as usual", "other vector made\ntwice as long", "half the rate"),
-                       fontsize=7)
+    axes[2].set_xticks(range(len(names)), names, fontsize=7)
     axes[2].set(ylabel="rise of the loss / as it was (cut at -1, 3)")
     axes[2].set_title(f"gd: the step of {len(relief)} largest spikes again; lengths leave the loss as it is", fontsize=9)
     return figure
@@ -1603,7 +1592,7 @@ def draw_finetune(arrays, flags):
 
 # ---- Main -----------------------------------------------------------------------------------------------------------
 
-NOTES, PAPER = "research notes on normalised associative memories", "Cabannes, Simsek & Bietti 2024"
+NOTES = "research notes on normalised associative memories"
 OURS, ORIGINAL = "this project", "stored results of the notes' code"
 CLUSTERING, VISUAL = "Odonnat et al. 2024, Clustering Head", "research notes on clusters in the plane"
 
@@ -1748,9 +1737,8 @@ def compute_plane(flags, folder):
                  "class_formula": math.nan, "meets": math.nan, "class_step": math.nan, "scale_step": math.nan}
         if run.norm != "none":
             W = torch.tensor(kept["W"][0])
-            unit = lambda W: torch.nn.functional.normalize(product(n["E"], W.T), dim=1)
-            found |= {"meets": float((unit(W / W.norm()) - unit(W)).abs().max()), "class_dimension": class_dimension(W, n),
-                      "class_formula": N + d * (d - N) if N <= d else 1}
+            found |= {"meets": float((directions(W / W.norm(), n) - directions(W, n)).abs().max()),
+                      "class_dimension": class_dimension(W, n), "class_formula": N + d * (d - N) if N <= d else 1}
             if run.optimiser == "gd" and N <= d:
                 factors = 1 + torch.rand(N, generator=common.generator(run.seed, "eval"), dtype=torch.float64)
                 found |= {"class_step": class_step(W, n, factors, run.lr),
@@ -1893,6 +1881,11 @@ def sure(values, agree):
 judged = functools.partial(common.judged, always=always, columns=COLUMNS)
 
 
+def per_seed(arrays, x, mask, extreme=np.max):
+    """The worst value of each seed among the runs in `mask`."""
+    return np.array([extreme(x[mask & (arrays["seed"] == seed)]) for seed in np.unique(arrays["seed"])])
+
+
 def end(arrays, key, **settings):
     """The last value of a curve, one a seed; a diverged run's is NaN."""
     return by_seed(arrays, common.blanked(arrays[key][:, -1], arrays["loss"][:, -1]), **settings)
@@ -1959,18 +1952,14 @@ def judge_ranking(arrays, say, flags):
 def judge_plane(arrays, say, flags):
     shapes = shape_of(arrays)
     general = np.isin(shapes, [s for s in dict.fromkeys(shapes) if not s.startswith("N2 M2")])
-    most = lambda key, mine: np.array([arrays[key][mine & (arrays["seed"] == s)].max() for s in np.unique(arrays["seed"])])
-    least = lambda key, mine: np.array([arrays[key][mine & (arrays["seed"] == s)].min() for s in np.unique(arrays["seed"])])
-    over = arrays["rank"] - arrays["bound"]
-    seeds, free = np.unique(arrays["seed"]), np.isin(arrays["optimiser"], FREE)
+    over, free = arrays["rank"] - arrays["bound"], np.isin(arrays["optimiser"], FREE)
     for id, words, bound, mine in (
             ("bound-plain", "without N gd, momentum and normalised gd stay in few dimensions", "min(N, d) min(d, M - 1)",
              (arrays["norm"] == "none") & free),
             ("bound-norm", "with N they do, in more", "min(N, d) min(d, N + M - 1)", (arrays["norm"] != "none") & free)):
-        excess = np.array([over[mine & (arrays["seed"] == s)].max() for s in seeds])
+        excess = per_seed(arrays, over, mine)
         say(id, words, "the gradient is a sum of (u_i - u_j) e_x', and with N of such and N(W e_x) e_x'",
-            f"at most {bound}: <= 0 more",
-            excess, excess <= 0)
+            f"at most {bound}: <= 0 more", excess, excess <= 0)
     ask, adam = f'{NOTES}: "verifier si les trajectoires .. sont sur un plan ou non"', arrays["optimiser"] == "adam"
     plain = arrays["norm"] == "none"
     for id, words, mine in (
@@ -1981,14 +1970,14 @@ def judge_plane(arrays, say, flags):
              adam & plain & (shapes == "N2 M2 d2 canonical")),
             ("planar-adam-random", "N = M = d = 2, random embeddings: Adam without N is planar too, up to its eps (each "
              "coordinate is divided by its own size: sign(u_1 - u_2) c')", adam & plain & (shapes == "N2 M2 d2"))):
-        outside = most("outside", mine)
+        outside = per_seed(arrays, arrays["outside"], mine)
         say(id, words, ask, "share outside its best plane < 1e-4", outside, outside < 1e-4)
     for id, words, mine in (
             ("norm-not-planar", "with N gd is not planar, at any shape", pick(arrays, optimiser="gd") & ~plain),
             ("adam-not-planar", "Adam is not planar where N or M > 2, with any betas", adam & general),
             ("normalised-not-planar", "normalised gd is not planar where N or M > 2",
              pick(arrays, optimiser="normalised") & general)):
-        outside = least("outside", mine)
+        outside = per_seed(arrays, arrays["outside"], mine, np.min)
         say(id, words, f'{NOTES}: "LayerNorm -> Non, Adam with different beta -> Non, NormGD -> Non"', "share outside >= 1e-4",
             outside, outside >= 1e-4)
     same = arrays["class_dimension"] == arrays["class_formula"]
@@ -2034,7 +2023,7 @@ def judge_norm(arrays, say, flags):
             "growth over the second half > 1e-3", growth, growth > 1e-3)
     mine = (arrays["norm"] == "sphere") & (arrays["optimiser"] != "adam")
     for key, words in (("inner", "<W, step> = 0"), ("pythagoras", "|W_t+1|^2 = |W_t|^2 + |step|^2")):
-        worst = np.array([arrays[key][mine & (arrays["seed"] == s)].max() for s in np.unique(arrays["seed"])])
+        worst = per_seed(arrays, arrays[key], mine)
         say(key, f"with N (eps 0), gd, sgd and normalised gd: {words} (an identity, checked)",
             "N does not see the length of W e_x",
             "< 1e-6: rounding over the least gradient counted, 1e-9", worst, worst < 1e-6)
@@ -2112,13 +2101,13 @@ def judge_projections(arrays, say, flags):
     grows = end(arrays, "f1", **two) - by_seed(arrays, arrays["f1"][:, flags.steps // 10], **two)
     say("f1-grows", "f1 keeps growing while f2 rests", f'{NOTES}: "la direction de convergence"', "> 1 in the last nine tenths",
         *sure(grows, grows > 1))
-    seeds, promise = np.unique(arrays["seed"]), f'{NOTES}: "si f_1 est grand et f_2 est petit on a une guarantie"'
+    everyone, promise = pick(arrays), f'{NOTES}: "si f_1 est grand et f_2 est petit on a une guarantie"'
     slack = (arrays["guarantee"] - arrays["loss"]).min(1)
-    worst = np.array([slack[arrays["seed"] == s].min() for s in seeds])
+    worst = per_seed(arrays, slack, everyone, np.min)
     say("guarantee-loss", "f1 and f2 bound the loss from above, at every step of every run", promise, ">= 0", worst,
         worst > -1e-12)
     certain, right = arrays["certain"] > 0, arrays["accuracy"] == 1
-    broken = np.array([(certain & ~right)[arrays["seed"] == s].sum() for s in seeds])
+    broken = per_seed(arrays, certain & ~right, everyone, np.sum)
     say("guarantee-accuracy", "where f1 and f2 promise it every answer is right", promise, "0 steps broken",
         f"{broken.sum()} of {certain.sum()} promised steps, {right.sum()} right ones", broken == 0)
     for norm in ("none", "sphere"):
@@ -2127,8 +2116,7 @@ def judge_projections(arrays, say, flags):
         say(f"aligns-{norm}",
             f"{'with' if norm == 'sphere' else 'without'} N W keeps turning to the max-margin direction: f2 / f1 "
             "falls by a tenth or more over the last nine tenths (from N(0, 1/d))", f"{NOTES}: W_inf", "< 0.9",
-            share[1] / share[0],
-            share[1] / share[0] < .9)
+            share[1] / share[0], share[1] / share[0] < .9)
     level = lambda scale: end(arrays, "loss", emb="canonical", norm="none", init_scale=scale)
     say("init-matters", "from N(0, 100/d) the loss without N ends elsewhere than from zero (by a factor of 2 or more)",
         f'{NOTES}: "Comment initialiser les poids? Est-ce que c\'est important?"', "<= 0.5 or >= 2", level(10.) / level(0.),
@@ -2245,11 +2233,10 @@ def compute_clusters(flags, folder):
         state, metrics, snapshots = train_plane(runs, sub, given)
         if i == 0:
             logs, shots = metrics, snapshots
-        lost = ~np.isfinite(metrics["eval_loss"][-1]) | ~np.isfinite(metrics["loss"][-1])
-        blank = lambda x: np.where(lost, np.nan, x)
-        curves = {k: blank(metrics[f"eval_{k}"]).T for k in ("loss", "accuracy")}
-        end = [at_the_end(run, common.run_of(state["params"], r)) for r, run in enumerate(runs)]
-        end = {k: blank([e[k] for e in end]) for k in AT_THE_END}
+        last = metrics["eval_loss"][-1] + metrics["loss"][-1]  # finite where both are
+        curves = {k: common.blanked(metrics[f"eval_{k}"].T, last) for k in ("loss", "accuracy")}
+        end = common.stacked([at_the_end(run, common.run_of(state["params"], r)) for r, run in enumerate(runs)])
+        end = {k: common.blanked(v, last) for k, v in end.items()}
         sub.result(runs, metrics, {**{k: v[:, -1] for k, v in curves.items()}, **end}, snapshots)
         settings = {f: np.array([getattr(run, f) for run in runs]) for f in TASK + ("seed",)}
         columns.append(settings | end | thinned(metrics) | {
@@ -2259,11 +2246,7 @@ def compute_clusters(flags, folder):
         if folder.interrupted:
             break
 
-    def joined(key):
-        width = max(c[key].shape[-1] for c in columns)
-        return np.concatenate([c[key] if c[key].ndim == 1 else np.pad(
-            c[key], ((0, 0), (0, width - c[key].shape[1])), constant_values=np.nan) for c in columns])
-    arrays = {k: joined(k) for k in columns[0]} | {"n_searched": np.array(len(parts[0][0]))}
+    arrays = {k: common.padded([c[k] for c in columns]) for k in columns[0]} | {"n_searched": np.array(len(parts[0][0]))}
     runs, _, accuracy = parts[0]
     own = {k: getattr(runs[0], k) for k in TASK}
     for which, change in (("frame", {}), ("frame3", dict(modulus=3, sparsity=2))):  # p = 3 where it is learned

@@ -58,6 +58,14 @@ def agree(name, notebook, ours, tolerance=1e-4):
         raise SystemExit(f"{name}: the losses of notebook and ours differ by {gap:.2g}\n{a}\n{b}")
 
 
+def update(optimiser, loss):
+    """What a notebook does with a loss."""
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+    return loss.item()
+
+
 def row(name, runs, notebook, fused, draw, repeats, seconds, checked=False):
     """One line of the table. notebook(n): losses [n, R] of n steps of each run; draw(n): data [n, R, ..] for fused."""
     ours = lambda n: fused(draw(n))["loss"]
@@ -129,10 +137,7 @@ def addition_row(name, repeats, seconds, runs=1, **fields):
         for r, (model, optimiser, stream) in enumerate(zip(models, optimisers, theirs)):
             for step in range(steps):
                 loss = addition_loss(flags, model, exp_addition.sample(flags, stream, flags.batch))
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-                losses[step, r] = loss.item()
+                losses[step, r] = update(optimiser, loss)
         return losses
 
     def draw(steps):
@@ -305,10 +310,7 @@ def iteration_row(name, repeats, seconds, **fields):
         losses = torch.zeros(steps, 1)
         for step, (x, m) in enumerate(zip(tokens.split(flags.batch), mask.split(flags.batch))):
             loss = F.cross_entropy(model(x[:, :-1])[m[:, 1:]], x[:, 1:][m[:, 1:]])
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            losses[step] = loss.item()
+            losses[step] = update(optimiser, loss)
         return losses
 
     def draw(steps):
@@ -359,10 +361,7 @@ def landscape_row(name, repeats, seconds, runs):
                 x, y = pair // run.n_classes, pair % run.n_classes
                 each = F.cross_entropy(model(x), y, reduction="none")
                 loss = each.mean() if run.batch else (p * each).sum()
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-                loss.item()
+                update(optimiser, loss)
         return torch.stack([model.W.detach().flatten() for model in models], 1)
 
     def draw(steps):
@@ -429,10 +428,7 @@ def clusters_row(name, repeats, seconds, count):
             data = exp_landscape.sample_sequences(run, sets[r], chunk)
             for step, (x, y) in enumerate(zip(data["x"][:steps].long(), data["y"][:steps].long())):
                 loss = F.cross_entropy(model(x)[:, :run.modulus], y)
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-                losses[step, r] = loss.item()
+                losses[step, r] = update(optimiser, loss)
         return losses
 
     def draw(steps):

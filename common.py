@@ -46,7 +46,6 @@ from tqdm import tqdm
 
 CHUNK = 100         # steps whose data is drawn at once; part of the definition of every run's random numbers
 BLOCK_NUMBERS = 2 ** 16  # parameters, gradients, moments and constants of runs that share a kernel on a CPU (measured)
-COMPILE_PAYS = 45.  # seconds of eager training from which a cold compile (20 to 30 s, then 3 times faster or more) pays
 
 
 class Stop(Exception):
@@ -89,6 +88,8 @@ class Flags:
 
     per_study: typing.ClassVar[dict] = {}
     most_in_block: typing.ClassVar[int] = 16  # runs that may share a kernel on a CPU, however small they are
+    compile_pays: typing.ClassVar[float] = 45.  # seconds of eager training from which a cold compile (20 to 30 s, then 3 times
+    #                                             faster or more) pays
 
     def check(self):
         """Raise Stop where the values contradict each other."""
@@ -437,8 +438,9 @@ class Fused:
             if time.perf_counter() - start > 2:
                 break
         total = (time.perf_counter() - start) / trial * len(self.blocks) * steps
-        return total > COMPILE_PAYS, f"eager would take {total:.0f} s" + (
-            f", less than the {COMPILE_PAYS:.0f} s from which compiling pays" if total <= COMPILE_PAYS else "")
+        pays = flags.compile_pays
+        return total > pays, f"eager would take {total:.0f} s" + (
+            f", less than the {pays:.0f} s from which compiling pays" if total <= pays else "")
 
     def build(self, example):
         start = time.perf_counter()

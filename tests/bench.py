@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
 import exp_addition
+import exp_gpt2_paths as exp_gpt2
 import exp_iteration_head as exp_iteration
 import exp_layernorm_landscape as exp_landscape
 import exp_ngram_superposition as exp_ngram
@@ -75,10 +76,15 @@ def row(name, runs, notebook, fused, draw, repeats, seconds, checked=False):
     lasting = lambda f, n: max(n, round(n * seconds / clock(f, n)))  # how many take about `seconds`
     steps, count = lasting(notebook, 3), lasting(chunks, 1)
     pairs = [(clock(notebook, steps) / steps, clock(chunks, count) / (count * common.CHUNK)) for _ in range(repeats)]
+    return line(name, runs, pairs, fused.compile_seconds)
+
+
+def line(name, runs, pairs, compile_seconds=0.):
+    """A row from pairs of seconds, (notebook, ours)."""
     theirs, mine = (1e3 * statistics.median(times) / runs for times in zip(*pairs))
     ratios = [a / b for a, b in pairs]
     return (f"| {name} | {runs} | {theirs:.3g} | {mine:.3g} | {statistics.median(ratios):.1f} "
-            f"[{min(ratios):.1f}, {max(ratios):.1f}] | {fused.compile_seconds:.0f} |")
+            f"[{min(ratios):.1f}, {max(ratios):.1f}] | {compile_seconds:.0f} |")
 
 
 # ---- Addition -------------------------------------------------------------------------------------------------------
@@ -441,6 +447,118 @@ def clusters_row(name, repeats, seconds, count):
     return row(name, count, notebook, fused, draw, repeats, seconds)
 
 
+# ---- GPT-2 ----------------------------------------------------------------------------------------------------------
+
+class GPT2Block(nn.Module):
+    def __init__(self, d, heads):
+        super().__init__()
+        self.heads, self.ln_1, self.ln_2 = heads, nn.LayerNorm(d), nn.LayerNorm(d)
+        self.c_attn, self.attn_out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.c_fc, self.mlp_out = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+
+    def forward(self, x):
+        B, T, d = x.shape
+        q, k, v = (y.view(B, T, self.heads, d // self.heads).transpose(1, 2) for y in self.c_attn(self.ln_1(x)).split(d, 2))
+        scores = q @ k.transpose(2, 3) / (d // self.heads) ** .5
+        scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
+        x = x + self.attn_out((scores.softmax(3) @ v).transpose(1, 2).reshape(B, T, d))
+        return x + self.mlp_out(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))
+
+
+class GPT2Model(nn.Module):
+    """GPT-2 from the parameters of exp_gpt2_paths."""
+
+    def __init__(self, params, config):
+        super().__init__()
+        d = config.n_embd
+        self.wte, self.wpe = nn.Embedding(config.vocab_size, d), nn.Embedding(config.n_positions, d)
+        self.blocks = nn.ModuleList(GPT2Block(d, config.n_head) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(d)
+        names = {"attn.c_attn": "c_attn", "attn.c_proj": "attn_out", "mlp.c_fc": "c_fc", "mlp.c_proj": "mlp_out",
+                 "ln_1": "ln_1", "ln_2": "ln_2"}
+        own = dict(self.named_parameters())
+        with torch.no_grad():
+            for key, value in params.items():
+                if key.startswith("h."):
+                    _, layer, rest = key.split(".", 2)
+                    module, kind = rest.rsplit(".", 1)
+                    key = f"blocks.{layer}.{names[module]}.{kind}"
+                own[key].copy_(value.T if value.dim() == 2 and "blocks" in key else value)
+
+    def forward(self, tokens):
+        x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1]))
+        states = [x]
+        for block in self.blocks:
+            states.append(block(states[-1]))
+        return states
+
+    def logits(self, h):
+        return self.ln_f(h) @ self.wte.weight.T
+
+
+def mini_row(name, repeats, seconds, compile):
+    flags = exp_gpt2.Flags(study="train-mini", compile=compile, device="cpu")
+    own, learn, _ = exp_gpt2.rows_of(flags)
+    config = exp_gpt2.mini_config(flags, len(own.ids))
+    params = exp_gpt2.init(config, common.generator(0, "init"))
+    model = GPT2Model(params, config)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=flags.lr, weight_decay=flags.weight_decay, betas=(.9, .99))
+    factor = lambda t: float(exp_gpt2.schedule(torch.tensor(float(t)), flags.steps))
+    rate = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+    theirs, mine = itertools.count(), itertools.count()
+
+    def pieces(chunk, steps):
+        start = torch.randint(len(learn) - flags.context, (steps, flags.batch, 1),
+                              generator=common.generator(0, "train", chunk))
+        return learn[start + torch.arange(flags.context + 1)]
+
+    def notebook(steps):
+        losses = torch.zeros(steps, 1)
+        for step, rows in enumerate(pieces(next(theirs), steps)):
+            logits = model.logits(model(rows[:, :-1])[-1])
+            losses[step] = update(optimiser, F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()))
+            rate.step()
+        return losses
+    draw = lambda steps: pieces(next(mine), steps)[:, None]
+    state = common.stack([{"params": params, **common.adam_init(params)}])
+    arguments = exp_gpt2.step_of(flags, config), state, common.numbers([flags]), draw(1)[0], flags, common.CHUNK
+    with contextlib.redirect_stdout(None):
+        fused = compiled(common.Fused, *arguments) if compile == "on" else common.Fused(*arguments)
+    mine = itertools.count()
+    return row(name, 1, notebook, fused, draw, repeats, seconds)
+
+
+def reading_row(name, repeats, positions):
+    """One text through random weights of gpt2's shape: states, lens and ranks. The notebook sorts to rank, layer by layer."""
+    config = exp_gpt2.Config(12, 12, 768, 1024, 50257)
+    params = exp_gpt2.init(config, common.generator(0, "init"))
+    model, tokens = GPT2Model(params, config), torch.randint(50257, (positions,), generator=common.generator(0, "eval"))
+
+    @torch.no_grad()
+    def notebook():
+        states = [h[0] for h in model(tokens[None])]
+        final = model.logits(states[-1]).log_softmax(-1)
+        chosen, unit = final.argmax(-1), F.normalize(model.wte.weight, dim=-1)
+        rank = lambda scores: (scores.argsort(-1, descending=True) == chosen[:, None]).float().argmax(-1)
+        rows = []
+        for h in states:
+            log = model.logits(h).log_softmax(-1)
+            kl = F.kl_div(log, final, log_target=True, reduction="none").sum(-1)
+            rows.append([kl, rank(log), rank(F.normalize(h, dim=-1) @ unit.T)])
+        return rows
+
+    @torch.no_grad()
+    def ours():
+        return exp_gpt2.decode(torch.stack(exp_gpt2.forward(params, tokens, config)), params, config)
+    kl, rank, cosine = (torch.stack(x) for x in zip(*notebook()))
+    found = ours()
+    apart = (kl - found["lens_kl"]).abs().max(), (rank != found["lens_rank"]).float().mean(), (
+        cosine != found["rank_cosine"]).float().mean()  # by rounding, among 50,257
+    if apart[0] > 1e-3 or max(apart[1:]) > .05:
+        raise SystemExit(f"{name}: notebook and ours differ by {apart}")
+    return line(name, 1, [(clock(notebook), clock(ours)) for _ in range(repeats)])
+
+
 # ---- The table: experiment -> workloads, each a function (repeats, seconds) -> a line ------------------------------------
 
 ROWS = {
@@ -478,6 +596,11 @@ ROWS = {
         lambda *a: ranking_row("landscape, ranking d=100, Adam and Adam+LN, --block 4", *a, d=100, block=4,
                                methods=("Adam", "Adam+LN")),
         lambda *a: clusters_row("clusters, width 128, batch 32", *a, 16),
+    ],
+    "gpt2": [
+        lambda *a: mini_row("gpt2 mini, batch 16 x 64, eager as by default", *a, compile="off"),
+        lambda *a: mini_row("gpt2 mini, batch 16 x 64, --compile on", *a, compile="on"),
+        lambda repeats, seconds: reading_row("gpt2 124M, 64 tokens: states, lens, ranks (a text, not a step)", repeats, 64),
     ],
 }
 

@@ -19,7 +19,6 @@ of V, what the docstrings of `compute_*` and of the measures name; first [T] mar
 Claims come from research notes on the states of GPT-2 (French). Measures: logit lens (nostalgebraist 2020), anisotropy
 (Ethayarajh 2019; Timkey & van Schijndel 2021). Model and files: Radford et al. 2019, as Hugging Face stores them.
 """
-import contextlib
 import functools
 import hashlib
 import heapq
@@ -31,7 +30,6 @@ import math
 import mmap
 import os
 import re
-import shutil
 import tempfile
 import unicodedata
 import urllib.error
@@ -55,6 +53,7 @@ from common import flag
 
 SIZES = {"gpt2": (12, 768), "gpt2-medium": (24, 1024), "gpt2-large": (36, 1280), "gpt2-xl": (48, 1600)}  # layers, width
 MINI = ("mini", "untrained")  # made here: a small model of GPT-2's architecture, and its initial weights
+HEADS = 6  # of the mini, unless --n-heads
 OF_MINI = ("seed", "steps", "n_layers", "n_heads", "d_model", "context", "merges", "batch", "lr", "weight_decay")
 
 
@@ -70,9 +69,9 @@ class Flags(common.Flags):
     window: int = flag(0, "cut the text into windows of so many tokens (0: it must fit the model's context)", low=0)
     download: bool = flag(False, "fetch a named model that is not there (HF_ENDPOINT, default huggingface.co)")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "how weights are held; arithmetic is float32")
-    n_heads: int = flag(0, "attention heads (0: as config.json says; mini: 6)", low=0)
+    n_heads: int = flag(0, f"attention heads (0: as config.json says; mini: {HEADS})", low=0)
     n_layers: int = flag(6, "mini: blocks", low=1)
-    d_model: int = flag(96, "mini: width", low=1)
+    d_model: int = flag(96, "mini: width", low=3)
     context: int = flag(64, "mini: positions", low=4)
     merges: int = flag(512, "mini: merges of its byte-level BPE", low=0)
     batch: int = flag(16, "mini: sequences a step", low=1)
@@ -87,7 +86,7 @@ class Flags(common.Flags):
     compile_pays: ClassVar[float] = 400.  # two thirds of a step are matrix products, which compiling leaves as they are
 
     def check(self):
-        heads = self.n_heads or 6
+        heads = self.n_heads or HEADS
         if {*self.names} & {*MINI} and self.d_model % heads:
             raise common.Stop(f"--d-model {self.d_model} must be divisible by --n-heads {heads}")
         if self.text and self.file:
@@ -113,7 +112,10 @@ class Flags(common.Flags):
             raise common.Stop("--text is empty")
         useless &= given
         if useless:
-            raise common.Stop(f"--{min(useless).replace('_', '-')}: --study {self.study} of {', '.join(self.names)} has none")
+            raise common.Stop(f"--{min(useless).replace('_', '-')} has no part in --study {self.study} of "
+                              + " and ".join(self.names))
+        if any(text.split("=")[0] in ("steps", "file") for text in self.sweep):
+            raise common.Stop(f"--sweep {' '.join(self.sweep)}: use --name and a second run")
         return []
 
     @property
@@ -209,11 +211,13 @@ def spelled(tokenizer):
     """[V] what each token stands for, as text; bytes that are no text of their own in hexadecimal."""
     names = np.empty(len(tokenizer.ids), object)
     for token, i in tokenizer.ids.items():
-        data = bytes(BYTES[c] for c in token) if token != END else END.encode()
         try:
+            data = bytes(BYTES[c] for c in token)
             names[i] = data.decode()
         except UnicodeDecodeError:
             names[i] = "\\x" + data.hex()
+        except KeyError:  # a token of its own, not made of bytes
+            names[i] = token
     return names
 
 
@@ -368,6 +372,9 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F
           "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool}
 
 
+MOST = 2 ** 26  # bytes of a vocabulary, a configuration or a header
+
+
 def once(pairs):
     """A JSON object's pairs as a dict; ValueError where a key comes twice."""
     if len({k for k, _ in pairs}) < len(pairs):
@@ -375,14 +382,23 @@ def once(pairs):
     return dict(pairs)
 
 
-def read_json(path, kind=dict):
+def small_file(path):
+    """The bytes of a file that has no reason to be large."""
     try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=once)
+        if not path.is_file() or path.stat().st_size > MOST:
+            raise common.Stop(f"{path} is " + (f"larger than {MOST} bytes" if path.is_file() else "missing or no file"))
+        return path.read_bytes()
     except OSError as error:
         raise common.Stop(f"cannot read {path}: {error.strerror}") from None
+
+
+def read_json(path):
+    """The JSON object in a file."""
+    try:
+        value = json.loads(small_file(path), object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise common.Stop(f"{path} is not JSON: {first_line(error)}{impostor(path)}") from None
-    if not isinstance(value, kind):
+    if not isinstance(value, dict):
         raise common.Stop(f"{path} holds no JSON object")
     return value
 
@@ -409,7 +425,7 @@ def read_safetensors(path):
         size = path.stat().st_size
         with open(path, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
-            if size < 8 or length > size - 8:
+            if size < 8 or length > min(size - 8, MOST):
                 refuse(f"its header would be {length} bytes long, the file has {size}")
             header = json.loads(f.read(length), object_pairs_hook=once)
             whole = torch.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)[8 + length:]
@@ -421,7 +437,7 @@ def read_safetensors(path):
         refuse("its header is no JSON object")
     header.pop("__metadata__", None)
     tensors, spans = {}, []
-    natural = lambda x: isinstance(x, list) and all(type(n) is int and n >= 0 for n in x)
+    natural = lambda x: isinstance(x, list) and len(x) < 9 and all(type(n) is int and 0 <= n < 2 ** 60 for n in x)
     for name, entry in header.items():
         entry = entry if isinstance(entry, dict) else {}
         shape, offsets = entry.get("shape"), entry.get("data_offsets")
@@ -433,7 +449,7 @@ def read_safetensors(path):
             refuse(f"the offsets of {name[:80]!r} do not fit its shape and the file")
         spans.append((start, stop))
         data = whole[start:stop]
-        if data.data_ptr() % dtype.itemsize:
+        if data.storage_offset() % dtype.itemsize:
             data = data.clone()
         tensors[name] = data.view(dtype).view(shape)
     edges = [0, *(edge for span in sorted(spans) for edge in span), len(whole)]
@@ -460,7 +476,9 @@ def read_bin(path):
             tensors = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
         except RuntimeError:  # the format before 2020 can't be mapped
             tensors = torch.load(path, weights_only=True, map_location="cpu")
-        assert isinstance(tensors, dict) and all(isinstance(x, torch.Tensor) for x in tensors.values())
+        assert isinstance(tensors, dict)
+        tensors = {k: x.detach() for k, x in tensors.items()}
+        assert all(x.layout == torch.strided and x.device.type == "cpu" for x in tensors.values())
     except OSError as error:
         raise common.Stop(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:  # torch.load raises whatever the bytes lead it to
@@ -476,7 +494,7 @@ def read_weights(folder):
     without the causal masks that old files keep."""
     for name, read in WEIGHTS.items():
         index = folder / f"{name}.index.json"
-        if (folder / name).exists():
+        if (folder / name).is_file():
             parts = [name]
         elif index.exists():
             shards = read_json(index).get("weight_map")
@@ -487,10 +505,12 @@ def read_weights(folder):
             continue
         tensors = {}
         for part in parts:
+            if not (folder / part).is_file():
+                raise common.Stop(f"{folder / part} is missing or no file")
             for key, x in read(folder / part).items():
                 key = str(key).removeprefix("transformer.")
-                if key in tensors:
-                    raise common.Stop(f"{folder / part}: {key} comes twice")
+                if key in tensors or not re.fullmatch(r"[\w.]{1,200}", key, re.ASCII):
+                    raise common.Stop(f"{folder / part}: {key[:80]!r} comes twice or is no parameter's name")
                 if not re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", key):
                     tensors[key] = x
         return tensors
@@ -504,7 +524,7 @@ def read_config(folder, tensors, n_heads):
         given = read_json(path)
         wanted = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
                   "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)}
-        other = [f"{k} {given[k]!r}" for k, known in wanted.items() if given.get(k, known[0]) not in known]
+        other = [f"{k} {given[k]!r:.80}" for k, known in wanted.items() if given.get(k, known[0]) not in known]
         if other:
             raise common.Stop(f"{path} describes another architecture than GPT-2: {', '.join(other)}")
     wte, wpe = (tensors.get(k, torch.empty(0, 0)) for k in ("wte.weight", "wpe.weight"))
@@ -512,19 +532,21 @@ def read_config(folder, tensors, n_heads):
         raise common.Stop(f"{folder} holds no GPT-2: wte.weight or wpe.weight is missing or no matrix; it has "
                           + (", ".join(list(tensors)[:3]) or "no tensor"))
     d = wte.shape[1]
-    layers = 1 + max((int(k.split(".")[1]) for k in tensors if re.fullmatch(r"h\.\d{1,6}\..*", k)), default=-1)
+    layers = len({k.split(".")[1] for k in tensors if k.startswith("h.")})
     n_head = given.get("n_head") or (d // 64 if (layers, d) in SIZES.values() else n_heads)
     if n_heads and n_heads != n_head:
         raise common.Stop(f"--n-heads {n_heads} contradicts {path}: n_head {n_head}")
     if not n_head:
         raise common.Stop(f"{folder} does not say how many heads it has: give --n-heads")
     found = {"n_layer": layers, "n_embd": d, "n_positions": len(wpe), "vocab_size": len(wte)}
-    wrong = [f"{k} {given[k]} (weights: {v})" for k, v in found.items() if given.get(k, v) != v]
+    wrong = [f"{k} {given[k]!r:.80} (weights: {v})" for k, v in found.items() if given.get(k, v) != v]
     if wrong:
         raise common.Stop(f"{path} does not fit the weights: {', '.join(wrong)}")
     eps = given.get("layer_norm_epsilon", 1e-5)
+    if d < 3:
+        raise common.Stop(f"{folder}: a path needs a width of 3 or more, wte.weight has {d}")
     if type(n_head) is not int or n_head < 1 or d % n_head or not isinstance(eps, float) or not 0 < eps < 1:
-        raise common.Stop(f"{folder}: width {d} must be divisible by the number of heads, {n_head!r}, and eps {eps!r} small")
+        raise common.Stop(f"{folder}: width {d} must be divisible by n_head {n_head!r:.80}, and eps {eps!r:.80} small")
     return Config(n_head=n_head, eps=eps, **found)
 
 
@@ -534,9 +556,7 @@ def read_tokenizer(folder):
     if sorted(i for i in ids.values() if type(i) is int) != list(range(len(ids))):
         raise common.Stop(f"{folder / 'vocab.json'}: the ids must be 0 .. {len(ids) - 1}, each once")
     try:
-        text = (folder / "merges.txt").read_bytes().decode()
-    except OSError as error:
-        raise common.Stop(f"cannot read {folder / 'merges.txt'}: {error.strerror}") from None
+        text = small_file(folder / "merges.txt").decode()
     except UnicodeDecodeError:
         raise common.Stop(f"{folder / 'merges.txt'} is no UTF-8 text") from None
     if "\r" in text:
@@ -640,6 +660,9 @@ def fetch(url, target):
     headers = {"Range": f"bytes={have}-", "If-Range": tag.read_text()} if have else {}
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as answer:
+            if answer.status == 206 and answer.headers.get("ETag") != tag.read_text():  # the rest of another file
+                part.unlink()
+                return fetch(url, target)
             if answer.status != 206 or not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
                 have = 0
             size = have + int(answer.headers.get("Content-Length") or -1)
@@ -732,6 +755,7 @@ def against(x, z, E, W):
         for k, s in scores.items():
             found[k] += (s > target[k]).sum(-1, dtype=torch.int32)
             found[k][:, own] -= (s[:, own, chosen[own] - at] > target[k][:, own, 0]).int()  # it is not above itself
+        logits.sub_(target["lens_rank"])  # as far as from 0 they lie, as much would the sums lose
         share = logits.softmax(-1)
         pieces["total"].append(logits.logsumexp(-1))
         pieces["mean"].append(torch.einsum("lbv,lbv->lb", share, logits))
@@ -821,9 +845,9 @@ def anisotropy(states):
 
     def pairs(x):  # mean over pairs of x_i . y_i, for unit vectors
         x = x / x.norm(dim=-1, keepdim=True).clamp(min=1e-30)
-        return (x.sum(1).square() - x.square().sum(1)) / (n * (n - 1))
+        return (x.sum(1).square() - x.square().sum(1)) / max(n * (n - 1), 1)
     x = states.double()
-    scaled = (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True).clamp(min=1e-30)
+    scaled = (x - x.mean(1, keepdim=True)) / x.std(1, correction=0, keepdim=True).clamp(min=1e-30)
     return {"anisotropy": pairs(x).sum(-1), "contribution": pairs(x), "standardised": pairs(scaled).sum(-1)}
 
 
@@ -884,7 +908,7 @@ def measure(model, tokens, starts, flags):
 # ---- Train ----------------------------------------------------------------------------------------------------------
 
 def mini_config(flags, vocab):
-    return Config(flags.n_layers, flags.n_heads or 6, flags.d_model, flags.context, vocab)
+    return Config(flags.n_layers, flags.n_heads or HEADS, flags.d_model, flags.context, vocab)
 
 
 def schedule(t, steps):
@@ -969,9 +993,11 @@ def export(model, write):
 
 def mini_folder(flags):
     """Where the mini of these flags is kept: named by all that decides its weights, this script's lines about it too."""
-    code = [inspect.getsource(f) for f in (corpus, words_of, learn_merges, merged, init, forward, final_norm, nll, schedule,
-                                           step_of, windows, train, common.adamw)]
-    made_of = repr((code, [getattr(flags, f) for f in OF_MINI], corpus(""), common.CHUNK, torch.__version__))
+    makers = (corpus, words_of, tokenizer, merged, encode, learn_merges, lesson, windows, rows_of, mini_config, shapes, init,
+              forward, final_norm, unembedding, nll, schedule, step_of, train, common.adamw, common.generator)
+    flags = replace(flags, n_heads=flags.n_heads or HEADS)
+    made_of = repr(([inspect.getsource(f) for f in makers], [getattr(flags, f) for f in OF_MINI], corpus(""), common.CHUNK,
+                    torch.__version__))
     return cache() / f"mini-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
 
 
@@ -983,12 +1009,15 @@ def mini(flags, folder):
         models, _, _ = train([flags], folder.scratch("mini"))
         if folder.interrupted:
             return models[0]._replace(name="mini, interrupted")
+        if not all(p.isfinite().all() for p in models[0].params.values()):
+            raise common.Stop(f"the mini diverged; lower --lr {flags.lr:g}")
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent) as there:
-            export(models[0], lambda name, data: Path(there, name).write_bytes(data))
-            with contextlib.suppress(FileExistsError, OSError):  # another process was faster
-                shutil.copytree(there, f"{there}-whole")
-                os.replace(f"{there}-whole", place)
+            whole = Path(there, "mini")
+            whole.mkdir()
+            export(models[0], lambda name, data: whole.joinpath(name).write_bytes(data))
+            if not place.exists():  # else another process was faster
+                os.replace(whole, place)
     return load(str(place), "mini", flags.dtype)._replace(learned=rows_of(flags)[1].unique())
 
 
@@ -998,10 +1027,14 @@ def mini(flags, folder):
 GREY, RED = "#b5b5b5", "#D00000"
 
 
+def plain(text):
+    """Text without what a font lacks or a figure takes for a formula."""
+    return "".join(c if c.isprintable() and ord(c) < 0x2000 and c != "$" else "?" for c in text)
+
+
 def written(text, width=12):
-    """A token as a figure shows it: visible spaces and line ends, nothing that a font lacks."""
-    text = str(text).replace("\n", "\\n").replace(" ", "\u00b7")
-    text = "".join(c if c.isprintable() and ord(c) < 0x2000 and c != "$" else "?" for c in text)
+    """A token as a figure shows it: visible spaces and line ends."""
+    text = plain(str(text).replace("\n", "\\n").replace(" ", "\u00b7"))
     return text if len(text) <= width else text[:width - 1] + ".."
 
 
@@ -1010,13 +1043,15 @@ def title(arrays, what, of_token=False):
     name, i, names = str(arrays["model"]), int(arrays["token"]), arrays["token_text"]
     model = "mini, trained here; its geometry is not GPT-2's" if name == "mini" else name if name in SIZES else \
         f"{name}; its geometry is not GPT-2's"
-    before = "".join(map(str, names[max(0, i - 8):i + 1]))[-40:].replace("\n", " ").replace("$", "?")
-    moment = f'; after "..{before}": {written(arrays["predicted_text"][i])} (p = {arrays["final_probability"][i]:.2f})'
+    before = "".join(map(str, names[max(0, i - 8):i + 1]))[-40:].replace("\n", " ")
+    moment = f'; after "..{plain(before)}": {written(arrays["predicted_text"][i])} (p = {arrays["final_probability"][i]:.2f})'
     return f"{what}\n{model}{moment * of_token}"
 
 
 def layers(ax, y, label, colour, x=None, **style):
     """Median over positions of y [layers, T], quartiles as a band; NaN are left out."""
+    if not y.size:
+        return
     x = np.arange(len(y)) if x is None else x
     ax.fill_between(x, *np.nanquantile(y, [.25, .75], axis=1), color=colour, alpha=.2, lw=0)
     ax.plot(x, np.nanmedian(y, 1), color=colour, lw=1.6, label=label, **dict(marker="o", ms=3) | style)
@@ -1167,8 +1202,9 @@ def draw_geometry(arrays, flags):
     common.shelf(axes[2], float(arrays["embedding_anisotropy"]), "embeddings, raw")
     axes[2].set(ylabel="mean cosine")
     top = np.sort(arrays["contribution"], 1)[:, ::-1]
+    whole = np.where(arrays["anisotropy"] == 0, np.nan, arrays["anisotropy"])
     for n, colour in ((1, 1), (3, 0), (10, 2)):
-        axes[3].plot(top[:, :n].sum(1) / top.sum(1), "o-", ms=3, color=common.COLOURS[colour], label=f"{n} largest dimensions")
+        axes[3].plot(top[:, :n].sum(1) / whole, "o-", ms=3, color=common.COLOURS[colour], label=f"{n} largest dimensions")
     axes[3].set(ylabel="share of the mean cosine")
     for ax in axes:
         label_layers(ax, L)
@@ -1337,7 +1373,8 @@ def draw_training(arrays, flags):
     for name in ("uniform", "unigram", "bigram"):
         common.shelf(axes[0], np.median(arrays[name]), name)
     axes[0].set(xlabel="step", ylabel="loss, nats a token")
-    axes[0].legend(fontsize=7)
+    if good.any():
+        axes[0].legend(fontsize=7)
     for ax, key, label in zip(axes[1:], ("lens_kl", "cosine_predicted", "cosine_predicted_final"),
                               ("KL to the end from the lens, nats", "cosine of h_l with emb(predicted)",
                                "cosine of ln_f(h_l) with emb(predicted)")):
@@ -1366,10 +1403,13 @@ def get(name, flags, folder=None):
     if name == "untrained":
         own, learn, _ = lesson("", flags.merges)
         config = mini_config(flags, len(own.ids))
-        return Model(init(config, common.generator(flags.seed, "init")), config, own, name, learn.unique())
+        params = init(config, common.generator(flags.seed, "init"))
+        return Model({k: x.to(getattr(torch, flags.dtype)) for k, x in params.items()}, config, own, name, learn.unique())
     place = find(name, flags.download) if name in SIZES else Path(name)
     known = name if name in SIZES else place.resolve().name
-    return load(str(place), known, flags.dtype, flags.n_heads)
+    model = load(str(place), known, flags.dtype, flags.n_heads)
+    other = known in SIZES and SIZES[known] != (model.config.n_layer, model.config.n_embd)
+    return model._replace(name=f"{known} of another size") if other else model
 
 
 def reading(name, flags, context):
@@ -1424,6 +1464,8 @@ def look(name, flags, folder):
     """What `compute_paths` saves, of one model."""
     model = get(name, flags, folder)
     found = measure(model, *reading(name, flags, model.config.n_positions), flags)
+    if not np.isfinite(found["states"]).all() or not np.isfinite(found["final"]).all():
+        raise common.Stop(f"{model.name}: the states of this text are not finite; these are not a trained model's weights")
     T, V, params = len(found["tokens"]), model.config.vocab_size, model.params
     i, later = flags.token % T, ~found["first"]
     states, z, E = (torch.as_tensor(x) for x in (found["states"], found["final"], held_as(params)("wte.weight")))
@@ -1542,7 +1584,7 @@ def sentences(a, say):
     say("by-cosine-raw", "the last state picks emb(t+1) by cosine similarity (h_L itself)", NOTES, "rank 1 by cosine",
         last("rank_cosine") + 1., last("rank_cosine") == 0)
     inner = a["nearest"][1:-1, l]
-    strange = ((inner != a["tokens"][l]) & (inner != a["predicted"][l])).mean(0)
+    strange = ((inner != a["tokens"][l]) & (inner != a["predicted"][l])).mean(0) if len(inner) else np.full(l.sum(), math.nan)
     say("not-interpretable", "states between are not interpretable in the space of the embeddings", NOTES,
         "nearest embedding is neither input nor prediction in more than half of the inner layers", strange, strange > .5)
     other = a["without_other"][l]
@@ -1635,7 +1677,7 @@ def always(arrays, say, flags):
 def judge_train_mini(arrays, say, flags):
     """The same sentences with seeds as what votes: a seed agrees where three quarters of its positions do."""
     said = defaultdict(list)
-    for r in range(len(arrays["seed"])):
+    for r in np.flatnonzero(np.isfinite(arrays["loss"])):
         def note(id, statement, source, expected, values, agree):
             agree = agree[np.isfinite(values)] == 1
             verdict = common.vote(agree)

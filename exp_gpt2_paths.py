@@ -23,7 +23,6 @@ import functools
 import hashlib
 import heapq
 import http.client
-import inspect
 import itertools
 import json
 import math
@@ -87,10 +86,12 @@ class Flags(common.Flags):
 
     def check(self):
         heads = self.n_heads or HEADS
-        if {*self.names} & {*MINI} and self.d_model % heads:
+        if self.made and self.d_model % heads:
             raise common.Stop(f"--d-model {self.d_model} must be divisible by --n-heads {heads}")
         if self.text and self.file:
             raise common.Stop("give --text or --file, not both")
+        if self.study == "compare" and self.model == self.other:
+            raise common.Stop(f"--other {self.other} is the model itself")
         if self.window == 1:
             raise common.Stop("--window 1 leaves no position but the first of its window: take 2 or more")
         if self.plot_only:
@@ -99,14 +100,15 @@ class Flags(common.Flags):
             rows_of(self)
             return
         for name in self.names:
-            ids, _ = reading(name, self, self.context if name in MINI else get(name, self).config.n_positions)
+            like = self.model if name == "untrained" else name  # it has the shape of the other
+            ids, _ = reading(name, self, self.context if like in MINI else get(like, self).config.n_positions)
             if not -len(ids) <= self.token < len(ids):
                 raise common.Stop(f"--token {self.token}: the text has {len(ids)} tokens")
 
     def points(self):
         useless = {"model", "other", "text", "window", "token", "dtype", "download"} if self.study == "train-mini" else \
             {"runs", "sweep", "snapshots"} | ({"other"} if self.study != "compare" else set()) | (
-                set() if {*self.names} & {*MINI} else {*OF_MINI} - {"seed", "n_heads"})
+                set() if self.made else {*OF_MINI} - {"seed", "n_heads"})
         given = getattr(self, "given", set())
         if "text" in given and not self.text:
             raise common.Stop("--text is empty")
@@ -117,6 +119,11 @@ class Flags(common.Flags):
         if any(text.split("=")[0] in ("steps", "file") for text in self.sweep):
             raise common.Stop(f"--sweep {' '.join(self.sweep)}: use --name and a second run")
         return []
+
+    @property
+    def made(self):
+        """Whether a model of the study is made here."""
+        return "mini" in self.names or self.model in MINI
 
     @property
     def names(self):
@@ -621,7 +628,13 @@ def load(folder, name, dtype="float32", n_heads=0):
         params[key] = tensors.pop(key).to(getattr(torch, dtype))
         if not all(x.isfinite() for x in params[key].aminmax()):
             raise common.Stop(f"{folder}: {key} holds NaN or infinity")
-    return Model(params, config, own, name, torch.arange(config.vocab_size))
+    learned = list(range(config.vocab_size))
+    if (folder / "learned.json").exists():
+        learned = read_json(folder / "learned.json").get("ids")
+        known = set(own.ids.values())
+        if not isinstance(learned, list) or len(learned) < 2 or not all(type(i) is int and i in known for i in learned):
+            raise common.Stop(f"{folder / 'learned.json'} is no list of tokens")
+    return Model(params, config, own, name, torch.tensor(learned))
 
 
 FILES = ("config.json", "vocab.json", "merges.txt", "model.safetensors")
@@ -637,11 +650,17 @@ def find(name, download):
     allows it, the network."""
     home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface")
     hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
-    found = sorted(file.parent for repository in (f"models--openai-community--{name}", f"models--{name}")
-                   for file in (hub / repository / "snapshots").glob("*/*") if file.name.removesuffix(".index.json") in WEIGHTS)
+    whole = lambda place: all((place / file).exists() for file in FILES[:3]) and any(
+        (place / f"{weights}{end}").exists() for weights in WEIGHTS for end in ("", ".index.json"))
+    for repository in (hub / f"models--openai-community--{name}", hub / f"models--{name}"):
+        main = repository / "refs" / "main"  # names the snapshot that is used, where there are several
+        used = main.read_bytes().decode(errors="replace").strip() if main.is_file() else ""
+        for place in sorted(repository.glob("snapshots/*"), key=lambda place: place.name != used):
+            if whole(place):
+                return place
     own = cache() / name
-    if found or all((own / file).exists() for file in FILES):
-        return found[-1] if found else own
+    if whole(own):
+        return own
     if not download:
         raise common.Stop(f"{name} is neither in {hub} nor in {own}: --download fetches it, or give a directory")
     own.mkdir(parents=True, exist_ok=True)
@@ -774,11 +793,10 @@ def against(x, z, E, W):
                     "final_probability": final.amax(-1).exp()}
 
 
-def cosines(states, params, config, who):
+def cosines(states, params, config, who, mean):
     """Cosines of h_l, and of ln_f(h_l) (.._final), with the embeddings of tokens {name: ids [T]}, raw and with the mean
-    embedding taken away (.._centred): cosine_NAME.. [L+1, T]."""
-    E = held_as(params)("wte.weight")
-    mean, z = E.mean(0), final_norm(params, states, config)
+    embedding [d] taken away (.._centred): cosine_NAME.. [L+1, T]."""
+    E, z = held_as(params)("wte.weight"), final_norm(params, states, config)
     return {f"cosine_{name}{end}{way}": cosine(x, e - shift) for name, e in ((k, E[ids]) for k, ids in who.items())
             for end, x in (("", states), ("_final", z)) for way, shift in (("", 0.), ("_centred", mean))}
 
@@ -834,8 +852,7 @@ def outside(x, basis):
 def height(h, basis):
     """[d] the direction orthogonal to the plane of the first two axes that carries most of states h [T, d]."""
     c = coordinates(h, basis)[:, 2:]
-    direction = torch.linalg.eigh(c.T @ c).eigenvectors[:, -1]
-    return basis.axes[:, 2:] @ (direction * (c @ direction).sum().sign())
+    return basis.axes[:, 2:] @ torch.linalg.eigh(c.T @ c).eigenvectors[:, -1]
 
 
 def anisotropy(states):
@@ -846,21 +863,23 @@ def anisotropy(states):
     def pairs(x):  # mean over pairs of x_i . y_i, for unit vectors
         x = x / x.norm(dim=-1, keepdim=True).clamp(min=1e-30)
         return (x.sum(1).square() - x.square().sum(1)) / max(n * (n - 1), 1)
-    x = states.double()
+    x = states.cpu().double()  # an accelerator may have no float64
     scaled = (x - x.mean(1, keepdim=True)) / x.std(1, correction=0, keepdim=True).clamp(min=1e-30)
     return {"anisotropy": pairs(x).sum(-1), "contribution": pairs(x), "standardised": pairs(scaled).sum(-1)}
 
 
-READINGS = ("h / |h|", "centred / deviation", ".. with gain", "ln_f: .. with bias")
+READINGS = ("h / |h|", "times sqrt(d)", "centred", ".. with gain", "ln_f: .. with bias")
 
 
 def readings(h, params, config):
-    """What is read through the unembedding in four ways: reading_top1, reading_kl [4, T] (nats, of the final distribution from
-    it): h_L / |h_L| as the notes say; h_L minus its mean, over its deviation; times ln_f's gain; plus its bias, which is z."""
+    """What is read through the unembedding in five ways: reading_top1, reading_kl [5, T] (nats, of the final distribution from
+    it): h_L / |h_L| as the notes say; times sqrt(d); with its mean taken away first, over its deviation; times ln_f's gain;
+    plus its bias, which is z."""
     W = unembedding(params)
     plain = F.layer_norm(h, h.shape[-1:], eps=config.eps)
     gained = plain * held_as(params)("ln_f.weight")
-    ways = h / h.norm(dim=-1, keepdim=True), plain, gained, final_norm(params, h, config)
+    unit = F.normalize(h, dim=-1)
+    ways = unit, unit * math.sqrt(config.n_embd), plain, gained, final_norm(params, h, config)
     found = []
     for block in torch.stack(ways).split(max(1, 2 ** 22 // len(W)), 1):
         log = (block @ W.T).log_softmax(-1)
@@ -868,19 +887,60 @@ def readings(h, params, config):
     return {k: torch.cat(v, 1) for k, v in zip(("reading_top1", "reading_kl"), zip(*found))}
 
 
-def selected(z, params, predicted):
+def selected(z, params, predicted, mean):
     """An intervention. u: unit vector of the predicted token's embedding minus the mean embedding. selected [T]: share of |z|^2
-    along u; without [T]: whether the token is still predicted from z - (z.u) u; without_other [T]: from z minus as much along
-    the u of the next position (NaN where the same token is predicted there)."""
+    along u; kept [T]: whether the token is still predicted from z minus as much along the u of the next position (NaN where the
+    same token is predicted there). Without its part along its own u it can't be: its logit is then that of the mean."""
     E, W = held_as(params)("wte.weight"), unembedding(params)
-    u = F.normalize(E[predicted] - E.mean(0), dim=-1)
+    u = F.normalize(E[predicted] - mean, dim=-1)
     amount = (z * u).sum(-1, keepdim=True)
-    other = u.roll(-1, 0)
-    still = lambda y: torch.cat([(part @ W.T).argmax(-1) for part in y.split(256)]) == predicted
-    changed = predicted.roll(-1) != predicted
-    nan = torch.full_like(amount[:, 0], math.nan)
-    return {"selected": (amount[:, 0] / z.norm(dim=-1)).square(), "without": still(z - amount * u),
-            "without_other": torch.where(changed, still(z - amount * other).float(), nan)}
+    y = z - amount * u.roll(-1, 0)
+    kept = torch.cat([(part @ W.T).argmax(-1) for part in y.split(256)]) == predicted
+    return {"selected": (amount[:, 0] / z.norm(dim=-1)).square(),
+            "kept": kept.float().masked_fill(predicted.roll(-1) == predicted, math.nan)}
+
+
+def by_rows(f, E):
+    """f of the rows of E [V, d], some thousands at a time."""
+    return torch.cat([f(x) for x in E.split(4096)])
+
+
+def spans(states, later, basis, embeddings):
+    """outside_.. of `compute_paths`: how much of states [L+1, T, d] is outside the embeddings' first components."""
+    quartiles = lambda x: np.quantile(x, [.25, .5, .75], axis=0)
+    beyond = [outside(x, basis) for x in states]  # of each layer [T, d+1]
+    k = int((basis.variance.cumsum(0) < .9 * basis.variance.sum()).sum()) + 1
+    centred = states[-1, later] - states[-1, later].mean(0) + basis.mean
+    return {"outside": np.stack([quartiles(x[later]) for x in beyond]), "outside_centred": quartiles(outside(centred, basis)),
+            "outside_k": k, "outside_at": torch.stack([x[:, k] for x in beyond]),
+            "outside_limit": np.quantile(by_rows(lambda x: outside(x, basis)[:, k], embeddings), .95)}
+
+
+def plane(states, i, later, basis, E, learned):
+    """plane_.. of `compute_paths`: the direction above the plane of two components, fitted to every second position; the path
+    of position i goes up."""
+    fitted, other = np.flatnonzero(later)[::2], np.flatnonzero(later)[1::2]
+    centred = lambda x: x.double() - basis.mean
+    up = height(states[-1, fitted], basis)
+    up = up * (centred(states[-1, i]) @ up).sign()
+    frame = torch.cat([basis.axes[:, :2], up[:, None]], 1)
+    above = lambda x: centred(x) @ frame
+    share = lambda x: above(x)[..., 2].square() / centred(x).square().sum(-1).clamp(min=1e-30)
+    return {"plane_direction": up, "plane_path": above(states), "plane_tokens": by_rows(above, E),
+            "plane_layers": share(states), "plane_embedding": by_rows(share, E[learned]).median(), "plane_other": other}
+
+
+def spheres(states, i, final, predicted, every, E, learned, flags):
+    """sphere_.. and full_angle of `compute_paths`: directions in three components, of position i and as angles of all."""
+    modes = [every[mode] for mode in SPHERES]
+    ball = lambda x, b: F.normalize(coordinates(x, b, 3), dim=-1)
+    degrees = lambda x, y: cosine(x, y).clamp(-1, 1).acos() * DEGREES
+    apart = lambda ids, k: torch.stack([degrees(coordinates(states[-1], b, k), coordinates(E[ids], b, k)) for b in modes])
+    draws = torch.randint(len(learned), (len(predicted),), generator=common.generator(flags.seed, "eval", 1))
+    return {"sphere_tokens": torch.stack([by_rows(lambda x: ball(x, b), E) for b in modes]),
+            "sphere_path": torch.stack([ball(states[:, i], b) for b in modes]),
+            "sphere_final": torch.stack([ball(final, b) for b in modes]), "sphere_angle": apart(predicted, 3),
+            "sphere_random": apart(learned[draws], 3), "full_angle": apart(predicted, None)}
 
 
 def measure(model, tokens, starts, flags):
@@ -895,9 +955,10 @@ def measure(model, tokens, starts, flags):
     first[starts] = True
     who = {"predicted": found["predicted"], "input": tokens, "shuffled": found["predicted"].roll(-max(1, T // 2)),
            "random": model.learned[torch.randint(len(model.learned), (T,), generator=draws)].to(at)}
-    found |= cosines(states, params, config, who)
-    found |= readings(states[-1], params, config) | selected(z, params, found["predicted"])
     E = held_as(params)("wte.weight")
+    mean = E[model.learned.to(at)].mean(0)
+    found |= cosines(states, params, config, who, mean)
+    found |= readings(states[-1], params, config) | selected(z, params, found["predicted"], mean)
     found["cosine_actual"] = cosine(states[:, :-1], E[tokens[1:]])
     log = torch.cat([(part @ unembedding(params).T).log_softmax(-1) for part in z[:-1].split(256)])
     found["loss"] = -log.gather(1, tokens[1:, None])[:, 0]
@@ -975,7 +1036,7 @@ def development(params, rows, config):
     """Per layer [L+1], medians over positions but the first: lens_kl, cosines of h_l and ln_f(h_l) with the predicted token."""
     states = torch.stack(forward(params, rows[:, :-1], config))[:, :, 1:].flatten(1, 2)
     found = decode(states, params, config)
-    found |= cosines(states, params, config, {"predicted": found["predicted"]})
+    found |= cosines(states, params, config, {"predicted": found["predicted"]}, 0.)
     return {k: found[k].median(1).values for k in ("lens_kl", "cosine_predicted", "cosine_predicted_final")}
 
 
@@ -989,15 +1050,14 @@ def export(model, write):
     write("vocab.json", json.dumps(model.tokenizer.ids).encode())
     write("merges.txt", "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges), ""]).encode())
     write("model.safetensors", safetensors_of(model.params))
+    write("learned.json", json.dumps({"ids": model.learned.tolist()}).encode())  # ours alone: tokens that its text has
 
 
 def mini_folder(flags):
-    """Where the mini of these flags is kept: named by all that decides its weights, this script's lines about it too."""
-    makers = (corpus, words_of, tokenizer, merged, encode, learn_merges, lesson, windows, rows_of, mini_config, shapes, init,
-              forward, final_norm, unembedding, nll, schedule, step_of, train, common.adamw, common.generator)
-    flags = replace(flags, n_heads=flags.n_heads or HEADS)
-    made_of = repr(([inspect.getsource(f) for f in makers], [getattr(flags, f) for f in OF_MINI], corpus(""), common.CHUNK,
-                    torch.__version__))
+    """Where the mini of these flags is kept: named by all that decides its weights, this script among it."""
+    code = [Path(file).read_bytes() for file in (__file__, common.__file__)]
+    settings = [getattr(replace(flags, n_heads=flags.n_heads or HEADS), f) for f in OF_MINI]
+    made_of = repr((code, settings, corpus(""), torch.__version__))
     return cache() / f"mini-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
 
 
@@ -1018,7 +1078,10 @@ def mini(flags, folder):
             export(models[0], lambda name, data: whole.joinpath(name).write_bytes(data))
             if not place.exists():  # else another process was faster
                 os.replace(whole, place)
-    return load(str(place), "mini", flags.dtype)._replace(learned=rows_of(flags)[1].unique())
+    try:
+        return load(str(place), "mini", flags.dtype)
+    except common.Stop as stop:
+        raise common.Stop(f"{stop}; delete {place} to train the mini again") from None
 
 
 # ---- Figures --------------------------------------------------------------------------------------------------------
@@ -1041,10 +1104,10 @@ def written(text, width=12):
 def title(arrays, what, of_token=False):
     """What a figure shows, on which model (a mini is not GPT-2), and after which text if it is about one token."""
     name, i, names = str(arrays["model"]), int(arrays["token"]), arrays["token_text"]
-    model = "mini, trained here; its geometry is not GPT-2's" if name == "mini" else name if name in SIZES else \
-        f"{name}; its geometry is not GPT-2's"
+    model = f"{name}, made here; its geometry is not GPT-2's" if name in MINI or name == "mini, interrupted" else \
+        name if name in SIZES else f"{name}, weights of unknown origin"
     before = "".join(map(str, names[max(0, i - 8):i + 1]))[-40:].replace("\n", " ")
-    moment = f'; after "..{plain(before)}": {written(arrays["predicted_text"][i])} (p = {arrays["final_probability"][i]:.2f})'
+    moment = f'; after "..{plain(before)}": {written(arrays["predicted_text"][i])} (p = {arrays["final_probability"][i]:.2g})'
     return f"{what}\n{model}{moment * of_token}"
 
 
@@ -1067,10 +1130,10 @@ def draw_path(arrays, flags):
     i, L, predicted = int(arrays["token"]), len(arrays["norm"]) - 1, arrays["predicted"][arrays["token"]]
     tokens, path, end = arrays["pca_tokens"], arrays["pca_path"][:, i], arrays["pca_final"][i]
     for ax, near in zip(axes, (False, True)):
-        for met, colour, name in ((True, GREY, "embeddings"), (False, "#8fbf8f", "of tokens that its text never has")):
+        for met, colour, name in ((True, GREY, "embeddings"), (False, "#E69F00", "of tokens that its text never has")):
             some = tokens[arrays["learned"] == met, :2]
             if len(some):
-                ax.scatter(*some.T, s=1 if len(tokens) > 5000 else 3, color=colour, lw=0, rasterized=True, label=name)
+                ax.scatter(*some.T, s=1 if len(tokens) > 5000 else 4, color=colour, lw=0, rasterized=True, label=name)
         ax.plot(*path[:, :2].T, color=common.COLOURS[0], lw=1, marker="o", ms=3, label="states h_0 .. h_L")
         for l in range(L + 1):
             if not near or abs(path[l, :2]).max() < 1.2 * abs(tokens[:, :2]).max():
@@ -1117,6 +1180,8 @@ def draw_cosines(arrays, flags):
         ax.set(ylabel="cosine")
         ax.set_title(name, fontsize=8)
         label_layers(ax, L)
+    actual = arrays["cosine_actual"][:, later[:-1]]
+    layers(axes[0], actual, "the text's next token", common.COLOURS[4], ls=":")
     axes[0].legend(fontsize=6.5)
     for key, label, colour in (("rank_cosine", "by cosine, h_l", 0), ("rank_dot", "by dot product, h_l", 4),
                                ("rank_cosine_final", "by cosine, ln_f(h_l)", 2), ("lens_rank", "by dot product, ln_f(h_l)", 1)):
@@ -1146,7 +1211,7 @@ def draw_spike(arrays, flags):
 
 
 def draw_plane(arrays, flags):
-    figure, axes = common.panels(4, title(arrays, "Is the path above a plane of embeddings?"), flags)
+    figure, axes = common.panels(4, title(arrays, "Is the path above a plane of embeddings?", True), flags)
     L, d = len(arrays["norm"]) - 1, arrays["outside"].shape[2] - 1
     k = np.arange(d + 1)
     for l, colour in zip(sorted({0, L // 3, 2 * L // 3, L}), common.COLOURS):
@@ -1174,7 +1239,7 @@ def draw_plane(arrays, flags):
     ax.tick_params(labelsize=6)
     later = ~arrays["first"]
     layers(axes[2], arrays["plane_layers"][:, later], "states", common.COLOURS[0])
-    common.shelf(axes[2], arrays["plane_embedding"], f"embeddings ({arrays['plane_embedding']:.3f})")
+    common.shelf(axes[2], arrays["plane_embedding"], f"embeddings: {arrays['plane_embedding']:.3f}", side="left")
     common.shelf(axes[2], .5, "most", side="left")
     axes[2].set(ylabel="share of |h_l - mean|² along that direction", ylim=(0, 1.02))
     label_layers(axes[2], L)
@@ -1195,7 +1260,7 @@ def draw_geometry(arrays, flags):
     layers(axes[1], arrays["turning"][:, later], "between consecutive steps", common.COLOURS[0], np.arange(2, L + 1))
     layers(axes[1], arrays["between"][:, later], "between consecutive states", common.COLOURS[1], np.arange(1, L + 1))
     common.shelf(axes[1], 90, "orthogonal (as random directions are)")
-    axes[1].set(ylabel="degrees", ylim=(0, 120))
+    axes[1].set(ylabel="degrees", ylim=(0, 180))
     axes[1].set_title(f"straightness |h_L - h_0| / length: median {np.median(arrays['straightness'][later]):.2f}", fontsize=8)
     axes[2].plot(arrays["anisotropy"], "o-", ms=3, color=common.COLOURS[0], label="mean cosine of two positions")
     axes[2].plot(arrays["standardised"], "o-", ms=3, color=common.COLOURS[2], label="after standardising each dimension")
@@ -1217,7 +1282,10 @@ def draw_lens(arrays, flags):
     figure, axes = common.panels(4, title(arrays, "Do the states decode through the embedding matrix?"), flags)
     later, L = ~arrays["first"], len(arrays["norm"]) - 1
     layers(axes[0], arrays["lens_kl"][:, later], "positions after the first", common.COLOURS[0])
-    axes[0].set(ylabel="KL to the end from the lens, nats")
+    uniform = math.log(len(arrays["learned"])) - arrays["lens_entropy"][-1, later]
+    common.shelf(axes[0], np.median(uniform), "of a guess in which all tokens are alike")
+    axes[0].set_yscale("symlog", linthresh=.1)
+    axes[0].set(ylabel="KL to the end from the lens, nats", ylim=(0, None))
     shares = {"lens: same first token as at the end": arrays["lens_top1"],
               "nearest embedding of h_l by cosine: the input token": arrays["nearest"] == arrays["tokens"],
               "nearest embedding of h_l by cosine: the predicted token": arrays["nearest"] == arrays["predicted"]}
@@ -1228,20 +1296,22 @@ def draw_lens(arrays, flags):
     common.shelf(axes[2], math.log(len(arrays["pca_tokens"])), "all tokens alike")
     axes[2].set(ylabel="entropy, nats")
     kl, top = arrays["reading_kl"][:, later], arrays["reading_top1"][:, later].mean(1)
-    axes[3].bar(range(4), np.median(kl, 1), color=common.COLOURS[0], width=.6)
+    axes[3].bar(range(5), np.median(kl, 1), color=common.COLOURS[0], width=.6)
     for n, (low, high) in enumerate(np.quantile(kl, [.25, .75], axis=1).T):
         axes[3].plot([n, n], [low, high], color="black", lw=1)
-        axes[3].annotate(f"same first token:\n{top[n]:.0%}", (n, high), (0, 3), textcoords="offset points", ha="center",
+        axes[3].annotate(f"same first\ntoken: {top[n]:.0%}", (n, high), (0, 3), textcoords="offset points", ha="center",
                          size=6.5)
-    axes[3].set_xticks(range(4), READINGS, fontsize=6.5)
+    axes[3].set_xticks(range(5), READINGS, fontsize=6.5)
     axes[3].set(ylabel="KL of the final distribution, nats")
     axes[3].margins(y=.2)
     axes[3].set_title("the last step: what LayerNorm's parts do", fontsize=8)
     for ax in axes[:3]:
         label_layers(ax, L)
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=6.5)
+        ax.legend(fontsize=6.5, loc="lower left" if ax is axes[0] else "best")
     return figure
+
+
+VIEW = math.radians(80)  # how far around is seen from inside
 
 
 def camera(look):
@@ -1254,8 +1324,8 @@ def camera(look):
 
 
 def globe(ax, arrays, mode, look, inside):
-    """The unit sphere seen from outside (the half that faces us, no perspective) or from its centre (90 degrees, gnomonic):
-    tokens coloured by their probability, the predicted one red, states numbered, ln_f(h_L) a star."""
+    """The unit sphere seen from outside (the half that faces us, no perspective) or from its centre (80 degrees around,
+    stereographic): tokens coloured by their probability, the predicted one red, states numbered, ln_f(h_L) a star."""
     frame, i, L = camera(look), int(arrays["token"]), len(arrays["norm"]) - 1
     log = np.log10(np.maximum(arrays["probability"], 1e-12))
     predicted = int(arrays["predicted"][i])
@@ -1263,10 +1333,9 @@ def globe(ax, arrays, mode, look, inside):
     def seen(x):  # [n, 3] -> positions, and which of them are seen
         right, up, deep = (x @ frame.T).T
         if inside:
-            front = deep > .3
-            scale = np.where(front, deep, 1.)
-            return np.stack([right, up], 1) / scale[:, None], front & (np.maximum(abs(right), abs(up)) < 1.2 * scale)
-        return np.stack([-right, up], 1), deep < 0  # we look from -towards: what faces us has deep < 0
+            front = deep > math.cos(VIEW)
+            return np.stack([right, up], 1) / (1 + np.where(front, deep, 1.))[:, None] / math.tan(VIEW / 2), front
+        return np.stack([right, up], 1), deep < 0  # we look from -towards: what faces us has deep < 0
 
     turn = np.linspace(0, 2 * np.pi, 181)
     c, s = np.cos(turn), np.sin(turn)
@@ -1281,8 +1350,12 @@ def globe(ax, arrays, mode, look, inside):
     shown = ax.scatter(*at[order].T, c=log[order], s=2 if len(at) > 5000 else 8, cmap="viridis", vmin=-8, vmax=0, lw=0,
                        rasterized=True)
     path = arrays["sphere_path"][mode]
+    share = np.linspace(0, 1, 21)[:, None]
+    for start, stop in zip(path, path[1:]):
+        arc = start + share * (stop - start)
+        at, front = seen(arc / np.maximum(np.linalg.norm(arc, axis=1, keepdims=True), 1e-9))
+        ax.plot(*np.where(front[:, None], at, np.nan).T, color="black", lw=.7)
     at, front = seen(path)
-    ax.plot(*np.where(front[:, None], at, np.nan).T, color="black", lw=.7)
     for l in np.flatnonzero(front):
         ax.annotate(str(l), at[l], fontsize=10 if l == L else 7, fontweight="bold" if l == L else "normal", ha="center",
                     va="center", bbox=dict(boxstyle="circle,pad=.15", fc="white", ec="black", lw=.5, alpha=.8))
@@ -1291,6 +1364,9 @@ def globe(ax, arrays, mode, look, inside):
         at, front = seen(x[None])
         if front[0]:
             ax.plot(*at[0], **style, mec="white", mew=.5, zorder=5)
+            if style["marker"] == "o":
+                ax.annotate(written(arrays["predicted_text"][i]), at[0], (5, 5), textcoords="offset points", color=RED, size=8)
+    ax.add_patch(plt.Circle((0, 0), 1, fill=False, ec="#bbbbbb", lw=.6, zorder=0))
     ax.set(aspect="equal", xticks=[], yticks=[])
     ax.set(xlim=(-1.1, 1.1), ylim=(-1.1, 1.1))
     ax.spines[:].set_visible(False)
@@ -1314,7 +1390,7 @@ def draw_sphere(arrays, flags):
 
 
 def draw_turning(arrays, flags, frames=24):
-    figure, axes = common.panels(1, title(arrays, "All around the sphere"), flags, size=(5, 5))
+    figure, axes = common.panels(1, title(arrays, "All around the sphere"), flags, size=(6, 6))
 
     def draw(n):
         axes[0].clear()
@@ -1345,13 +1421,13 @@ def draw_table(arrays, flags, most=16):
 
 
 def draw_compare(arrays, flags):
-    names = " and ".join(str(arrays[f"model_{r}"]) for r in (0, 1))
-    figure, axes = common.panels(4, f"Two models on one text: {names}", flags)
+    both = arrays, other(arrays)
+    names = "\n".join(title(found, "").strip() for found in both)
+    figure, axes = common.panels(4, f"Two models on one text\n{names}", flags)
     measures = {"norm": "|h_l| / |h_0|", "cosine_predicted_final": "cosine of ln_f(h_l) with emb(predicted)",
                 "lens_kl": "KL to the end from the lens, nats", "anisotropy": "mean cosine of two positions"}
     for ax, (key, label) in zip(axes, measures.items()):
-        for r in (0, 1):
-            found, colour = half(arrays, r), common.COLOURS[r]
+        for found, colour in zip(both, common.COLOURS):
             y, name = found[key], str(found["model"])
             depth = np.linspace(0, 1, len(y))
             if key == "anisotropy":
@@ -1360,28 +1436,35 @@ def draw_compare(arrays, flags):
                 y = y[:, ~found["first"]]
                 layers(ax, y / np.median(y[0]) if key == "norm" else y, name, colour, depth)
         ax.set(xlabel="depth l / L", ylabel=label)
+        ax.legend(fontsize=7)
     axes[0].set_yscale("log")
-    axes[0].legend(fontsize=7)
+    axes[2].set_yscale("symlog", linthresh=.1)
+    axes[2].set_ylim(bottom=0)
     return figure
 
 
 def draw_training(arrays, flags):
     figure, axes = common.panels(4, "Mini models of GPT-2's architecture, trained here (their geometry is not GPT-2's)", flags)
-    good = np.isfinite(arrays["loss"])
-    step, curves = arrays["eval_step"], arrays["eval_loss"].T
-    common.band(axes[0], step, curves, "held out", common.COLOURS[0])
+    good, step = np.isfinite(arrays["loss"]), arrays["eval_step"]
+    swept = list(common.swept(flags))
+    words = np.array([", ".join(f"{k} {arrays[k][r]:g}" for k in swept) or "held out" for r in range(len(good))])
+    for word, colour in zip(dict.fromkeys(words), itertools.cycle(common.COLOURS)):
+        common.band(axes[0], step, arrays["eval_loss"][words == word].T, word, colour)
+    good &= words == words[0]
     for name in ("uniform", "unigram", "bigram"):
         common.shelf(axes[0], np.median(arrays[name]), name)
-    axes[0].set(xlabel="step", ylabel="loss, nats a token")
-    if good.any():
+    axes[0].set(xlabel="step", ylabel="loss on held-out text, nats a token")
+    if axes[0].get_legend_handles_labels()[0]:
         axes[0].legend(fontsize=7)
     for ax, key, label in zip(axes[1:], ("lens_kl", "cosine_predicted", "cosine_predicted_final"),
                               ("KL to the end from the lens, nats", "cosine of h_l with emb(predicted)",
                                "cosine of ln_f(h_l) with emb(predicted)")):
-        x = np.nanmedian(arrays[f"eval_{key}"][good], 0) if good.any() else arrays[f"eval_{key}"][0]  # [M, L+1]
+        x = arrays[f"eval_{key}"][good] if good.any() else arrays[f"eval_{key}"][:1]  # [R, M, L+1]
+        x = np.median(x[..., np.isfinite(x[-1, 0])], 0)
         for l in range(x.shape[1]):
             ax.plot(step, x[:, l], color=plt.get_cmap("viridis")(l / max(1, x.shape[1] - 1)), label=f"layer {l}")
         ax.set(xlabel="step", ylabel=label)
+        ax.set_title(f"{words[0]}: median of {good.sum()} runs" if swept else f"median of {good.sum()} runs", fontsize=8)
     axes[1].legend(fontsize=6)
     return figure
 
@@ -1393,23 +1476,35 @@ NOTES, OURS = "research notes on the states of GPT-2", "this project"
 
 def tokenizer_of(name, flags):
     """The tokenizer of a model, without the model where that would first be trained."""
-    return lesson("", flags.merges)[0] if name in MINI else get(name, flags).tokenizer
+    if name == "untrained" and flags.model not in MINI:
+        name = flags.model
+    if name not in MINI:
+        return get(name, flags).tokenizer
+    place = mini_folder(flags)
+    return read_tokenizer(place) if place.exists() else lesson("", flags.merges)[0]
+
+
+def held_in(dtype, params):
+    """Parameters as --dtype has them."""
+    return {k: x.to(getattr(torch, dtype)) for k, x in params.items()}
 
 
 def get(name, flags, folder=None):
     """The Model of a name or directory."""
     if name == "mini":
         return mini(flags, folder)
+    if name == "untrained" and flags.model not in MINI:
+        like = get(flags.model, flags)
+        return like._replace(params=held_in(flags.dtype, init(like.config, common.generator(flags.seed, "init"))), name=name)
     if name == "untrained":
         own, learn, _ = lesson("", flags.merges)
         config = mini_config(flags, len(own.ids))
         params = init(config, common.generator(flags.seed, "init"))
-        return Model({k: x.to(getattr(torch, flags.dtype)) for k, x in params.items()}, config, own, name, learn.unique())
-    place = find(name, flags.download) if name in SIZES else Path(name)
-    known = name if name in SIZES else place.resolve().name
-    model = load(str(place), known, flags.dtype, flags.n_heads)
-    other = known in SIZES and SIZES[known] != (model.config.n_layer, model.config.n_embd)
-    return model._replace(name=f"{known} of another size") if other else model
+        return Model(held_in(flags.dtype, params), config, own, name, learn.unique())
+    if name in SIZES:
+        return load(str(find(name, flags.download)), name, flags.dtype, flags.n_heads)
+    known = Path(name).resolve().name
+    return load(name, f"directory {known}" if known in (*SIZES, *MINI) else known, flags.dtype, flags.n_heads)
 
 
 def reading(name, flags, context):
@@ -1435,11 +1530,11 @@ def reading(name, flags, context):
 
 
 def finals(found):
-    """Columns of the summary [1]: the text's loss, and medians over positions but the first."""
+    """Columns of the summary: the text's loss, and medians over positions but the first."""
     later = ~found["first"]
     ends = {k: found[k][-1] for k in ("norm", "cosine_predicted", "cosine_predicted_final", "rank_cosine_final")}
     ends["lens_kl_half"] = found["lens_kl"][len(found["lens_kl"]) // 2]
-    return {"loss": found["loss"].mean(keepdims=True)} | {k: np.median(v[later], keepdims=True) for k, v in ends.items()}
+    return {"loss": found["loss"].mean()} | {k: np.median(v[later]) for k, v in ends.items()}
 
 
 def compute_paths(flags, folder):
@@ -1454,80 +1549,51 @@ def compute_paths(flags, folder):
     median of the embeddings, plane_other: positions it is not fitted to; learned [V]: tokens met in training; and for the modes
     of SPHERES: sphere_tokens [2, V, 3], sphere_path [2, L+1, 3], sphere_final [2, 3], and at every position the angle between
     h_L and the predicted embedding in 3 and in all dimensions, sphere_angle, full_angle [2, T], and in 3 that to a random
-    token, sphere_random [2, T] (degrees)."""
-    found = look(flags.model, flags, folder)
-    folder.result([flags], {"loss": found["loss"]}, finals(found))
-    return found
+    token, sphere_random [2, T] (degrees). other_*: the same, but for states and final, of the model that --other names or, of
+    the mini, of its initial weights."""
+    models = flags.names + ["untrained"] * (flags.model == "mini" and flags.study != "compare")
+    both = [look(name, flags, folder) for name in models]
+    folder.result([replace(flags, model=name) for name in flags.names],
+                  {"loss": common.padded([found["loss"][None] for found in both[:len(flags.names)]]).T},
+                  {k: v[:len(flags.names)] for k, v in common.stacked([finals(found) for found in both]).items()})
+    other = {f"other_{k}": v for found in both[1:] for k, v in found.items() if k not in ("states", "final")}
+    return both[0] | other
 
 
 def look(name, flags, folder):
     """What `compute_paths` saves, of one model."""
     model = get(name, flags, folder)
     found = measure(model, *reading(name, flags, model.config.n_positions), flags)
-    if not np.isfinite(found["states"]).all() or not np.isfinite(found["final"]).all():
+    if not all(np.isfinite(found[k]).all() for k in ("norm", "final", "lens_kl")):
         raise common.Stop(f"{model.name}: the states of this text are not finite; these are not a trained model's weights")
-    T, V, params = len(found["tokens"]), model.config.vocab_size, model.params
-    i, later = flags.token % T, ~found["first"]
-    states, z, E = (torch.as_tensor(x) for x in (found["states"], found["final"], held_as(params)("wte.weight")))
-    names, h, final = spelled(model.tokenizer), states[:, i], z[i]
-    found |= {"model": model.name, "token": i, "learned": torch.zeros(V).index_fill(0, model.learned, 1.) == 1,
-              "token_text": names[found["tokens"]].astype(str),
-              "predicted_text": names[found["predicted"]].astype(str), "lens_text": names[found["lens_token"]].astype(str)}
-    every, whole = bases(E), lambda f: torch.cat([f(x) for x in E.split(4096)])
+    i, later, names = flags.token % len(found["tokens"]), ~found["first"], spelled(model.tokenizer)
+    found |= {"model": model.name, "token": i, "token_text": names[found["tokens"]].astype(str),
+              "predicted_text": names[found["predicted"]].astype(str), "lens_text": names[found["lens_token"]].astype(str),
+              "learned": np.isin(np.arange(model.config.vocab_size), model.learned)}
+    E, W = held_as(model.params)("wte.weight"), unembedding(model.params)
+    states, z, predicted = (torch.as_tensor(found[k]) for k in ("states", "final", "predicted"))
+    every, h, final = bases(E[model.learned]), states[:, i], z[i]
     raw = every["raw centred"]
-    found["explained_variance"] = torch.stack([b.variance / b.variance.sum() for b in every.values()])
-    found["embedding_norm"] = np.quantile(E.norm(dim=1), [.25, .5, .75])
     unit = every["on x centred"].mean  # the mean of the unit vectors tells the mean cosine of two of them
-    found["embedding_anisotropy"] = (V * unit @ unit - 1) / (V - 1)
-    found |= {"pca_path": coordinates(states, raw, 3), "pca_final": coordinates(z, raw, 3),
-              "pca_tokens": whole(lambda x: coordinates(x, raw, 3))}
-    found["spike_dot"] = torch.stack([E @ final if k else E @ h[-1] for k in (0, 1)])
-    found["spike_cosine"] = torch.stack([whole(lambda x: cosine(x, y)) for y in (h[-1], final)])
-    found["probability"] = (unembedding(params) @ final).softmax(0)
-
-    quartiles = lambda x: np.quantile(x, [.25, .5, .75], axis=0)
-    beyond = [outside(x, raw) for x in states]  # of each layer [T, d+1]
-    k = int((found["explained_variance"][MODES.index("raw centred")].cumsum(0) < .9).sum()) + 1
-    found["outside"] = np.stack([quartiles(x[later]) for x in beyond])
-    found["outside_centred"] = quartiles(outside(states[-1, later] - states[-1, later].mean(0) + raw.mean, raw))
-    found |= {"outside_k": k, "outside_at": torch.stack([x[:, k] for x in beyond]),
-              "outside_limit": np.quantile(whole(lambda x: outside(x, raw)[:, k]), .95)}
-
-    other = np.flatnonzero(later)[1::2]  # positions that the direction is not fitted to
-    up = height(states[-1, np.flatnonzero(later)[::2]], raw)
-    frame = torch.cat([raw.axes[:, :2], up[:, None]], 1)
-    above = lambda x: (x.double() - raw.mean) @ frame
-    share = lambda x: above(x)[..., 2].square() / (x.double() - raw.mean).square().sum(-1).clamp(min=1e-30)
-    found |= {"plane_direction": up, "plane_path": above(states), "plane_tokens": whole(above), "plane_layers": share(states),
-              "plane_embedding": whole(share).median(), "plane_other": other}
-
-    modes = [every[mode] for mode in SPHERES]
-    ball = lambda x, b: F.normalize(coordinates(x, b, 3), dim=-1)
-    found |= {"sphere_tokens": torch.stack([whole(lambda x: ball(x, b)) for b in modes]),
-              "sphere_path": torch.stack([ball(h, b) for b in modes]),
-              "sphere_final": torch.stack([ball(final, b) for b in modes])}
-    degrees = lambda x, y: cosine(x, y).clamp(-1, 1).acos() * DEGREES
-    apart = lambda ids, k: torch.stack([degrees(coordinates(states[-1], b, k), coordinates(E[ids], b, k)) for b in modes])
-    someone = model.learned[torch.randint(len(model.learned), (T,), generator=common.generator(flags.seed, "eval", 1))]
-    found |= {"sphere_angle": apart(found["predicted"], 3), "sphere_random": apart(someone, 3),
-              "full_angle": apart(found["predicted"], None)}
-    return found
-
-
-def compute_compare(flags, folder):
-    """What `compute_paths` saves, but for states and final, of both models: names end in _0 and _1."""
-    both = [look(name, flags, folder) for name in flags.names]
-    folder.result([replace(flags, model=name) for name in flags.names],
-                  {"loss": common.padded([found["loss"][None] for found in both]).T},
-                  {k: np.concatenate(v) for k, v in common.stacked([finals(found) for found in both]).items()})
-    return {f"{k}_{r}": v for r, found in enumerate(both) for k, v in found.items() if k not in ("states", "final")}
+    n = len(model.learned)
+    return found | {
+        "explained_variance": torch.stack([b.variance / b.variance.sum() for b in every.values()]),
+        "embedding_norm": np.quantile(E[model.learned].norm(dim=1), [.25, .5, .75]),
+        "embedding_anisotropy": (n * unit @ unit - 1) / (n - 1),
+        "pca_path": coordinates(states, raw, 3), "pca_final": coordinates(z, raw, 3),
+        "pca_tokens": by_rows(lambda x: coordinates(x, raw, 3), E),
+        "spike_dot": torch.stack([E @ h[-1], E @ final]),
+        "spike_cosine": torch.stack([by_rows(lambda x: cosine(x, y), E) for y in (h[-1], final)]),
+        "probability": (W @ final).softmax(0),
+        **spans(states, later, raw, E[model.learned]), **plane(states, i, later, raw, E, model.learned),
+        **spheres(states, i, final, predicted, every, E, model.learned, flags)}
 
 
 def compute_train_mini(flags, folder):
     """With one entry a run: settings; eval_step [M] and, at these steps, eval_loss [R, M] on held-out text and medians over
     positions of lens_kl, cosine_predicted and cosine_predicted_final: eval_* [R, M, L+1]; uniform, unigram, bigram [R]: losses
     of predictors that count; loss [R]; and what `measure` finds in the first held-out windows, but for states. The models lie
-    in seed*/ (or group*/seed*/), in Hugging Face layout."""
+    in model*/ (or group*/model*/), one a run, in Hugging Face layout."""
     groups, rows = common.groups_of_runs(flags), []
     for i, runs in enumerate(groups):
         sub = folder.sub(i, len(groups))
@@ -1538,7 +1604,7 @@ def compute_train_mini(flags, folder):
         sub.result(runs, metrics, {"loss": loss}, snapshots)
         for r, (run, model) in enumerate(zip(runs, models)):
             if not folder.interrupted and np.isfinite(loss[r]):
-                export(model, sub.scratch(f"seed{run.seed}").write)
+                export(model, sub.scratch(f"model{r}").write)
             ids = held[:run.context * TEXT]
             found = measure(model, ids, list(range(0, len(ids), run.context)), run)
             rows.append({k: v for k, v in found.items() if k not in ("states", "final", "loss")} | known | {
@@ -1550,9 +1616,11 @@ def compute_train_mini(flags, folder):
 
 
 def monotone(y):
-    """[T] rank correlation of y [layers, T] with the layer (Spearman)."""
-    ranks = y.argsort(0, kind="stable").argsort(0, kind="stable")
-    return np.array([np.corrcoef(np.arange(len(y)), r)[0, 1] for r in ranks.T]) if len(y) > 1 else np.full(y.shape[1], math.nan)
+    """[T] rank correlation of y [layers, T] with the layer (Spearman; ties share their rank), NaN where y is constant."""
+    ranks = (y[:, None] > y).sum(1) + (y[:, None] == y).sum(1) / 2
+    x, ranks = np.arange(len(y)) - (len(y) - 1) / 2, ranks - ranks.mean(0)
+    size = np.sqrt((x @ x) * (ranks ** 2).sum(0))
+    return np.divide(x @ ranks, size, out=np.full(y.shape[1], math.nan), where=size > 0)
 
 
 def sentences(a, say):
@@ -1571,14 +1639,15 @@ def sentences(a, say):
         NOTES + " (the hypothesis)", "rank correlation of the cosine with depth at least .9", rising, rising >= .9)
     say("dot-product", "the last operation is the dot product of the last state, divided by its norm, with the embeddings",
         NOTES, "KL of the true distribution below .01 nats", a["reading_kl"][0, l], a["reading_kl"][0, l] < .01)
-    say("dot-product-first", "at least it has the same first token", OURS, "same", a["reading_top1"][0, l].astype(float),
+    say("dot-product-first", "at least it has the same first token", OURS, "same", a["reading_top1"][0, l],
         a["reading_top1"][0, l])
     falling = monotone(a["lens_kl"][:, l])
     say("decodes", "the states decode to logits through the embedding matrix, the better the deeper", NOTES,
         "rank correlation of the lens' KL with depth at most -.9", falling, falling <= -.9)
-    halfway = a["lens_kl"][len(a["lens_kl"]) // 2, l] / np.maximum(a["lens_kl"][0, l], 1e-12)
-    say("decodes-halfway", "half of the blocks close half of the gap", OURS, "KL halfway below half of that of the embedding",
-        halfway, halfway < .5)
+    uniform = math.log(V) - a["lens_entropy"][-1, l]  # KL of the final distribution from one in which all tokens are alike
+    halfway = a["lens_kl"][len(a["lens_kl"]) // 2, l] / uniform
+    say("decodes-halfway", "half of the blocks are more than halfway from a uniform guess to the final distribution", OURS,
+        "KL of the lens halfway below half of the uniform distribution's", halfway, halfway < .5)
     say("by-cosine", "the last state picks emb(t+1) by cosine similarity (after ln_f)", NOTES, "rank 1 by cosine",
         last("rank_cosine_final") + 1., last("rank_cosine_final") == 0)
     say("by-cosine-raw", "the last state picks emb(t+1) by cosine similarity (h_L itself)", NOTES, "rank 1 by cosine",
@@ -1587,18 +1656,14 @@ def sentences(a, say):
     strange = ((inner != a["tokens"][l]) & (inner != a["predicted"][l])).mean(0) if len(inner) else np.full(l.sum(), math.nan)
     say("not-interpretable", "states between are not interpretable in the space of the embeddings", NOTES,
         "nearest embedding is neither input nor prediction in more than half of the inner layers", strange, strange > .5)
-    other = a["without_other"][l]
-    needed = np.where(np.isnan(other), math.nan, (a["without"][l] == 0) & (other == 1))
-    say("selects", "the last state selects just the features that tell emb(t+1) (an intervention: without its part along that "
-        "embedding the token is no longer predicted; with as much taken away along another's, it is)", NOTES, "both", needed,
-        needed)
+    say("selects", "the last state selects just the features that tell emb(t+1): with as much taken away along another "
+        "prediction's embedding it is still predicted (an intervention; along its own it can't be, an identity)", NOTES,
+        "still predicted", a["kept"][l], a["kept"][l] == 1)
     say("selects-little", "these features are a small part of it", OURS, "share of |ln_f(h_L)|² below .1", a["selected"][l],
         a["selected"][l] < .1)
-
-
     if "pca_tokens" not in a:
         return
-    box = a["pca_tokens"][:, :2]
+    box = a["pca_tokens"][a["learned"], :2]
     end = a["pca_path"][-1, l, :2]
     out = (np.maximum(end - box.max(0), box.min(0) - end) / np.ptp(box, 0)).max(1)
     say("beyond", "in the plane of two components the last states lie far outside of where all embeddings are", NOTES,
@@ -1621,49 +1686,59 @@ def sentences(a, say):
         "most of h_L (fitted to the other positions)", NOTES, "share above .5", share, share > .5)
 
 
-def quartiles(values):
-    """'median [quartiles], n positions'; NaN are left out."""
-    known = values[np.isfinite(values)]
-    low, middle, high = np.quantile(known, [.25, .5, .75]) if len(known) else [math.nan] * 3
-    return f"{middle:.3g} [{low:.3g}, {high:.3g}], {len(known)} positions"
+def other(arrays):
+    """The arrays of the second model; {} where there is none."""
+    return {k.removeprefix("other_"): v for k, v in arrays.items() if k.startswith("other_")}
+
+
+def judged(arrays):
+    """{id: (statement, source, expected, measured, agree)} of one model: median, quartiles, and positions that agree."""
+    found = {}
+
+    def note(id, statement, source, expected, values, agree):
+        if not isinstance(values, str):
+            known = np.isfinite(values.astype(float))
+            values, agree = values[known], agree[known] == 1
+            middle = "" if values.dtype == bool or not len(values) else "{1:.3g} [{0:.3g}, {2:.3g}], ".format(
+                *np.quantile(values, [.25, .5, .75]))
+            values = f"{middle}{agree.mean():.0%} of {len(agree)} positions" if len(agree) else "at no position"
+        found[id] = statement, source, expected, values, agree
+    sentences(arrays, note)
+    return found
 
 
 def judge_paths(arrays, flags):
-    """The sentences, judged at every position of one model: three quarters decide. Of another model than GPT-2 they are said
-    twice: about GPT-2, open, and about that model."""
-    name, claims = str(arrays["model"]), []
-    own = "GPT-2" if name in SIZES else name
-
-    def say(id, statement, source, expected, values, agree):
-        if own != "GPT-2":
+    """The sentences, judged at every position of one text and model: three quarters decide. Of another model than GPT-2 they
+    are said twice: about GPT-2, open, and about that model; what a mini's initial weights do stands beside it."""
+    name, claims, own = str(arrays["model"]), [], type(flags)()
+    enough = not flags.smoke and flags.finished and (
+        flags.model not in MINI or all(getattr(flags, f) in (getattr(own, f), HEADS if f == "n_heads" else None)
+                                       for f in OF_MINI if f != "seed"))
+    control = judged(other(arrays)) if other(arrays) else {}
+    for id, (statement, source, expected, measured, agree) in judged(arrays).items():
+        if name not in SIZES:
             claims.append(common.claim(f"gpt2-{id}", f"GPT-2: {statement}", source, expected, "needs --model gpt2", None))
-        if not isinstance(values, str):
-            agree = agree[np.isfinite(values)] == 1
-            values = f"{quartiles(values)}, {np.mean(agree):.0%} agree" if len(agree) else "at no position"
-        claims.append(common.claim(f"{'gpt2' if own == 'GPT-2' else own}-{id}", f"{own}: {statement}", source, expected, values,
-                                   agree, enough=not flags.smoke and flags.finished))
-    sentences(arrays, say)
+            if id == "three-components":  # a figure about GPT-2 alone
+                continue
+        if id in control:
+            measured = f"{measured}; untrained: {control[id][3]}"
+        claims.append(common.claim(f"{name}-{id}".replace(" ", "-"), f"{name}: {statement}", source, expected, measured, agree,
+                                   enough=enough))
     return claims
 
 
-def half(arrays, r):
-    """The arrays of one of two models."""
-    return {k.removesuffix(f"_{r}"): v for k, v in arrays.items() if k.endswith(f"_{r}")}
-
-
 def judge_compare(arrays, flags):
-    """Which sentences are true of the first model and not of the second? What an untrained model has as well is no finding."""
-    said, names, claims = defaultdict(list), [str(arrays[f"model_{r}"]) for r in (0, 1)], []
-    for r in (0, 1):
-        def note(id, statement, source, expected, values, agree):
-            verdict = agree if isinstance(agree, bool) else common.vote(agree[np.isfinite(values)] == 1)
-            said[id].append((statement, source, expected, values if isinstance(values, str) else quartiles(values), verdict))
-        sentences(half(arrays, r), note)
-    for id, ((statement, source, expected, mine, holds), (*_, other, control)) in said.items():
+    """Which sentences are true of the first model and not of the second? What an untrained model has as well is no finding.
+    Open where a sentence is not true of the first, or undecided of one of them."""
+    names, claims, control = [str(arrays["model"]), str(arrays["other_model"])], [], judged(other(arrays))
+    decide = lambda agree: agree if isinstance(agree, bool) else common.vote(agree)
+    for id, (statement, source, expected, mine, agree) in judged(arrays).items():
+        *_, theirs, theirs_agree = control[id]
+        holds, too = decide(agree), decide(theirs_agree)
         claims.append(common.claim(
             f"only-{id}", f"true of {names[0]} and not of {names[1]}: {statement}", source, f"{expected}, in {names[0]} alone",
-            f"{mine} ({common.VERDICTS[holds]}); {names[1]} {other} ({common.VERDICTS[control]})",
-            None if None in (holds, control) else holds and not control, enough=not flags.smoke and flags.finished))
+            f"{names[0]} {mine} ({common.VERDICTS[holds]}); {names[1]} {theirs} ({common.VERDICTS[too]})",
+            not too if holds and too is not None else None, enough=not flags.smoke and flags.finished))
     return claims
 
 
@@ -1679,13 +1754,13 @@ def judge_train_mini(arrays, say, flags):
     said = defaultdict(list)
     for r in np.flatnonzero(np.isfinite(arrays["loss"])):
         def note(id, statement, source, expected, values, agree):
-            agree = agree[np.isfinite(values)] == 1
-            verdict = common.vote(agree)
-            said[id].append((statement, source, expected, agree.mean(), math.nan if verdict is None else float(verdict)))
+            agree = agree[np.isfinite(values.astype(float))] == 1
+            verdict, share = common.vote(agree), agree.mean() if len(agree) else math.nan
+            said[id].append((statement, source, expected, share, math.nan if verdict is None else float(verdict)))
         a = {k: v[r] for k, v in arrays.items() if k != "eval_step"}
         sentences(a | {"first": a["first"] == 1}, note)
     for id, rows in said.items():
-        *_, shares, verdicts = (np.array(x) for x in zip(*rows))
+        shares, verdicts = (np.array(x) for x in list(zip(*rows))[3:])
         statement, source, expected = rows[0][:3]
         say(f"mini-{id}", f"mini: {statement}", source, f"{expected}, at three quarters of the positions",
             f"at a share of {common.spread(shares)}", verdicts)
@@ -1697,7 +1772,7 @@ STUDIES = {
     "paths": (compute_paths, judge_paths, FIGURES),
     "lens": (compute_paths, judge_paths, {"lens": draw_lens, "table": draw_table}),
     "sphere": (compute_paths, judge_paths, {"sphere": draw_sphere, "turning": draw_turning}),
-    "compare": (compute_compare, judge_compare, {"compare": draw_compare}),
+    "compare": (compute_paths, judge_compare, {"compare": draw_compare}),
     "train-mini": (compute_train_mini, judge_train_mini, {"training": draw_training}),
 }
 

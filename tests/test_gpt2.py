@@ -253,6 +253,13 @@ def test_half_precision_is_only_how_weights_are_held(tmp_path):
 def test_what_is_exported_is_read_elsewhere(tmp_path):
     there = put(tmp_path / "m", FILES)
     assert same(unpack(there / SAFE), {k: v.double() for k, v in PARAMS.items()})
+    for ids in ([3, 64, 258], range(259)):  # what its training has met comes back; of a directory that says nothing: all
+        some = put(tmp_path / str(len(ids)), files_of(MODEL._replace(learned=torch.tensor(ids))))
+        assert json.loads((some / "learned.json").read_text()) == {"ids": [*ids]}
+        assert exp.load(str(some), "m").learned.tolist() == [*ids]
+    (some / "learned.json").unlink()
+    exp.load.cache_clear()
+    assert exp.load(str(some), "m").learned.tolist() == [*range(259)]
     raw = (there / SAFE).read_bytes()
     assert int.from_bytes(raw[:8], "little") % 8 == 0 and json.loads(FILES["config.json"])["model_type"] == "gpt2"
 
@@ -479,11 +486,13 @@ def test_the_lens_in_float32():
 def test_cosines_by_a_loop():
     params, config, states, normed = example()
     who = {"a": torch.arange(11), "b": torch.arange(11).flip(0)}
-    found, E = exp.cosines(states, params, config, who), params["wte.weight"].numpy()
+    E = params["wte.weight"].numpy()
+    of_some = E[[3, 5, 8]].mean(0)
+    found = exp.cosines(states, params, config, who, torch.tensor(of_some))
     assert found.keys() == {f"cosine_{k}{end}{way}" for k in who for end in ("", "_final") for way in ("", "_centred")}
     for (name, ids), l, t in itertools.product(who.items(), range(3), range(11)):
         for end, x in (("", states[l, t].numpy()), ("_final", normed(states[l, t].numpy()))):
-            for way, mean in (("", 0), ("_centred", E.mean(0))):
+            for way, mean in (("", 0), ("_centred", of_some)):
                 assert far(found[f"cosine_{name}{end}{way}"][l, t], cos(x, E[ids[t]] - mean)) < 1e-9
     assert exp.cosine(torch.zeros(2), torch.ones(2)) == 0
 
@@ -523,8 +532,8 @@ def test_a_planted_direction_above_the_plane_is_found():
     h = basis.mean + 30 * randn(20, 2, seed=4) @ basis.axes[:, :2].T + (5 + randn(20, 1, seed=5)) * up + .1 * randn(20, 7,
         seed=6)
     found = exp.height(h, basis)
-    assert found @ up > .99 and abs(found.norm() - 1) < 1e-9 and (found @ basis.axes[:, :2]).abs().max() < 1e-9
-    assert exp.height(2 * basis.mean - h, basis) @ up < -.99  # it points to where the states are
+    assert abs(found @ up) > .99 and abs(found.norm() - 1) < 1e-9 and (found @ basis.axes[:, :2]).abs().max() < 1e-9
+    assert abs(exp.height(2 * basis.mean - h, basis) @ found) > 1 - 1e-9  # of the states below as of those above
 
 
 def test_anisotropy_by_all_pairs():
@@ -551,11 +560,13 @@ def test_readings_by_a_loop(monkeypatch, untied, block):
     for t, h in enumerate(states[-1].numpy()):
         plain = (h - h.mean()) / math.sqrt(h.var() + config.eps)
         end = softmax(W @ normed(h))
-        for i, way in enumerate((h / np.linalg.norm(h), plain, plain * gain, normed(h))):
+        unit = h / np.linalg.norm(h)
+        for i, way in enumerate((unit, unit * math.sqrt(12), plain, plain * gain, normed(h))):
             p = softmax(W @ way)
             assert far(found["reading_kl"][i, t], sum(end * np.log(end / p))) < 1e-9
             assert found["reading_top1"][i, t] == (p.argmax() == end.argmax())
-    assert len(exp.READINGS) == 4 and found["reading_kl"][:3].min() > 1e-6 and not found["reading_top1"].all()
+    assert len(exp.READINGS) == 5 == len(found["reading_kl"]) == len(found["reading_top1"])
+    assert found["reading_kl"][:4].min() > 1e-6 and not found["reading_top1"].all()
 
 
 @pytest.mark.parametrize("untied", [False, True])
@@ -565,14 +576,15 @@ def test_taking_a_direction_away_by_a_loop(untied):
     z = np.array([normed(h) for h in states[-1].numpy()])
     predicted = (z @ W.T).argmax(1)
     predicted[4] = predicted[5]  # two that are told from no other
-    found = exp.selected(torch.tensor(z), params, torch.tensor(predicted))
+    mean = E[[3, 5, 8]].mean(0)
+    found = exp.selected(torch.tensor(z), params, torch.tensor(predicted), torch.tensor(mean))
+    assert found.keys() == {"selected", "kept"}
     for t in range(11):
-        u, v = ((E[i] - E.mean(0)) / np.linalg.norm(E[i] - E.mean(0)) for i in (predicted[t], predicted[(t + 1) % 11]))
+        u, v = ((E[i] - mean) / np.linalg.norm(E[i] - mean) for i in (predicted[t], predicted[(t + 1) % 11]))
         assert found["selected"][t].item() == pytest.approx((z[t] @ u) ** 2 / (z[t] @ z[t]))
-        assert found["without"][t] == ((W @ (z[t] - (z[t] @ u) * u)).argmax() == predicted[t])
         other = (W @ (z[t] - (z[t] @ u) * v)).argmax() == predicted[t] if predicted[t] != predicted[(t + 1) % 11] else math.nan
-        assert np.array_equal(found["without_other"][t], float(other), equal_nan=True)
-    assert {*found["without_other"].nan_to_num(7).tolist()} >= {1., 7.} and found["selected"].max() < 1
+        assert np.array_equal(found["kept"][t], float(other), equal_nan=True)
+    assert {*found["kept"].nan_to_num(7).tolist()} >= {1., 7.} and found["selected"].max() < 1
 
 
 def test_rank_correlation():
@@ -583,6 +595,16 @@ def test_rank_correlation():
     assert far(exp.monotone(y), expected) < 1e-12 and np.isnan(exp.monotone(y[:1])).all()
     assert exp.monotone(np.cumsum(np.abs(y), 0)).tolist() == pytest.approx([1] * 5)
     assert exp.monotone(-np.cumsum(np.abs(y[:2]), 0)).tolist() == pytest.approx([-1] * 5)
+    tied = np.random.default_rng(1).integers(0, 3, (6, 40)).astype(float)  # those that tie share their mean rank
+    tied[:, 7] = 2
+    found = exp.monotone(tied)
+    for t, column in enumerate(tied.T):
+        rank = [np.mean([i for i, x in enumerate(sorted(column)) if x == v]) for v in column]
+        if len(set(column)) == 1:
+            assert math.isnan(found[t])
+        else:
+            assert found[t] == pytest.approx(np.corrcoef(range(6), rank)[0, 1], abs=1e-12)
+    assert np.isnan(found).sum() == 1
 
 
 @pytest.mark.parametrize("untied", [False, True])
@@ -600,11 +622,11 @@ def test_all_measures_of_a_text_in_windows(untied):
     assert found["tokens"].tolist() == tokens.tolist() and found["first"].nonzero()[0].tolist() == starts
     assert found["vocab"] == 40
     assert predicted.tolist() == (z @ W.T).argmax(1).tolist()
-    some = {"predicted": predicted, "input": tokens, "shuffled": predicted.roll(-6)}
-    expected = {**exp.walk(states), **exp.decode(states, params, config), **exp.cosines(states, params, config, some),
-                **exp.readings(states[-1], params, config), **exp.selected(z, params, predicted),
+    some, mean = {"predicted": predicted, "input": tokens, "shuffled": predicted.roll(-6)}, E[learned].mean(0)
+    expected = {**exp.walk(states), **exp.decode(states, params, config), **exp.cosines(states, params, config, some, mean),
+                **exp.readings(states[-1], params, config), **exp.selected(z, params, predicted, mean),
                 **exp.anisotropy(states[:, ~torch.tensor(found["first"])])}
-    assert all(far(np.nan_to_num(found[k]), np.nan_to_num(v)) < 1e-9 for k, v in expected.items())
+    assert all(far(np.nan_to_num(found[k]), np.nan_to_num(v.numpy())) < 1e-9 for k, v in expected.items())
     rows = range(12)
     assert far(found["loss"], [-math.log(softmax((W @ z[t]).numpy())[tokens[t + 1]]) for t in rows]) < 1e-9
     assert far(found["cosine_actual"], [[cos(h[t], E[tokens[t + 1]]) for t in rows] for h in states]) < 1e-9
@@ -637,16 +659,17 @@ def test_a_state_that_is_an_embedding():
     assert found["predicted"].tolist() == list(range(40)) == found["nearest"][-1].tolist()
     for name in ("rank_cosine", "rank_cosine_final", "rank_dot", "lens_rank", "lens_kl"):
         assert far(found[name][-1], 0) < 1e-12 and found[name][0].abs().max() > 1e-3
-    cosines = exp.cosines(states, params, config, {"predicted": found["predicted"]})
+    cosines = exp.cosines(states, params, config, {"predicted": found["predicted"]}, E.mean(0))
     assert far(cosines["cosine_predicted"][-1], 1) < 1e-12 and far(cosines["cosine_predicted_final"][-1], 1) < 1e-12
 
 
 def test_scale_and_rotation():
     """Longer states change no lens and no cosine; a rotation of states and embeddings together no coordinate but its sign."""
     params, config, states, _ = example(eps=0.)
-    for a, b in ((exp.decode(x, params, config) | exp.cosines(x, params, config, {"a": torch.arange(11)}) for x in pair)
-                 for pair in ((states, 8 * states),)):
-        assert all(far(a[k], b[k]) < 1e-9 for k in a)
+    mean = params["wte.weight"].mean(0)
+    a, b = (exp.decode(x, params, config) | exp.cosines(x, params, config, {"a": torch.arange(11)}, mean)
+            for x in (states, 8 * states))
+    assert all(far(a[k], b[k]) < 1e-9 for k in a)
     a, b = exp.walk(states), exp.walk(8 * states)
     assert all(far(8 * a[k], b[k]) < 1e-9 for k in ("norm", "step", "length"))
     assert all(far(a[k], b[k]) < 1e-4 for k in ("straightness", "turning", "between"))
@@ -821,7 +844,7 @@ def test_ctrl_c_while_the_mini_is_trained(tmp_path, monkeypatch, capsys):
     assert exp.main([*line, str(tmp_path / "cut")]) == 2 and "--resume" in capsys.readouterr().err
     assert exp.main([*line, str(tmp_path / "cut"), "--resume"]) == 0
     kept = [sorted((p.name, p.read_bytes()) for p in next((tmp_path / c).rglob("mini-*")).iterdir()) for c in "ab"]
-    assert kept[0] == kept[1] and [name for name, _ in kept[0]] == sorted(exp.FILES)
+    assert kept[0] == kept[1] and [name for name, _ in kept[0]] == sorted(FILES)
     assert same(*(dict(np.load(tmp_path / r / "arrays.npz")) for r in ("whole", "cut")))
 
 
@@ -848,9 +871,14 @@ def test_another_mini_has_another_folder(tmp_path, monkeypatch):
     places = [exp.mini_folder(f) for f in (flags, *changed)]
     assert len(set(places)) == 11 and all(p.parent == tmp_path / "small-networks" / "gpt2" for p in places)
     assert places[0] == exp.mini_folder(replace(flags, token=3, study="lens", text="x", dtype="bfloat16", threads=2))
-    with monkeypatch.context() as patch:  # other code, other mini
-        patch.setattr(exp, "nll", lambda params, rows, config: None)
-        assert exp.mini_folder(flags) != places[0]
+    assert places[0] == exp.mini_folder(replace(flags, n_heads=6)) and exp.HEADS == 6  # said or not
+    for module in (exp, common):  # other code, other mini; the same code elsewhere, the same
+        for end in (b"", b"\n"):
+            copy = tmp_path / "copy.py"
+            copy.write_bytes(Path(module.__file__).read_bytes() + end)
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "__file__", str(copy))
+                assert (exp.mini_folder(flags) == places[0]) == (not end)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "1.0")
         assert exp.mini_folder(flags) != places[0]
@@ -1006,6 +1034,11 @@ STRANGE = {
     "complex": (only_bin(saved_by_torch(PARAMS | {"ln_f.bias": torch.ones(12) * 1j})), "expected (12,) of floats"),
     "sparse": (only_bin(saved_by_torch(PARAMS | {"wpe.weight": torch.ones(16, 12).to_sparse()})), ""),
     "without storage": (only_bin(saved_by_torch(PARAMS | {"wpe.weight": torch.ones(16, 12, device="meta")})), ""),
+    **{f"learned {n}": (set_to("learned.json", data), words) for n, (data, words) in enumerate((
+        (HTML, "web page"), (b"[1, 2]", "no JSON object"), (b"{}", "no list of tokens"),
+        (b'{"ids": [3]}', "no list of tokens"), (b'{"ids": [1, true]}', "no list of tokens"),
+        (b'{"ids": [1, 259]}', "no list of tokens"), (b'{"ids": [1, -1]}', "no list of tokens"),
+        (b'{"ids": [1, [2]]}', "no list of tokens"), (b'{"ids": "12"}', "no list of tokens")))},
     "many blocks": (lambda files: (config(n_layer=10 ** 5)(files), weights({"h.99999.ln_1.bias": torch.ones(12)})(files)),
                     ""),
 }
@@ -1050,17 +1083,36 @@ def test_finite_weights_whose_states_are_not(tmp_path, capsys):
         assert status == 0 or status == 2 and len(error) == 1
 
 
+def test_states_that_are_not_finite_are_refused(tmp_path, capsys):
+    """Each weight is finite, and so are the states; their squares are not."""
+    huge = {k: v * 1e30 if k in ("wte.weight", "wpe.weight") else v for k, v in PARAMS.items()}
+    there = put(tmp_path / "m", FILES | {SAFE: pack(huge)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert exp.main([*SMOKE, "--model", str(there), "--text", "abcd", "--out", str(tmp_path / "r")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1 and "the states of this text are not finite" in error
+    assert not (tmp_path / "r" / "arrays.npz").exists()
+
+
 @pytest.mark.parametrize("line, words", [
     ("--model nowhere", "nowhere is no directory; --model takes mini, untrained, gpt2"),
     ("--model {m}/config.json", "is no directory"),
     ("--model gpt2", "gpt2 is neither in"), ("--model gpt2-xl", "--download fetches it"),
     ("--study compare --other gpt2", "gpt2 is neither in"),
     ("--model {m} --n-heads 5", "--n-heads 5 contradicts"), ("--n-heads 5", "--d-model 12 must be divisible by --n-heads 5"),
-    ("--model {m} --steps 3", "--steps has no part in --study lens of "), ("--model {m} --d-model 12", "--d-model has no part in --study "),
+    ("--model {m} --steps 3", "--steps has no part in --study lens of "),
+    ("--model {m} --d-model 12", "--d-model has no part in --study "),
     ("--runs 2", "--runs has no part in --study lens of mini"), ("--sweep steps=1,2", "--sweep has no part in --study "),
     ("--snapshots 3", "--snapshots has no part in --study "),
-    ("--other {m}", "--other has no part in --study "), ("--study paths --other untrained", "--other has no part in --study paths of "),
-    ("--study train-mini --model mini", "--model has no part in --study train-mini of "), ("--study train-mini --text a", "--text has no part in --study "),
+    ("--study train-mini --sweep steps=1,2", "--sweep steps=1,2: use --name"),
+    ("--study compare --other mini", "--other mini is the model itself"),
+    ("--study compare --model untrained", "--other untrained is the model itself"),
+    ("--study compare --model {m} --other {m}", "--other {m} is the model itself"),
+    ("--other {m}", "--other has no part in --study "),
+    ("--study paths --other untrained", "--other has no part in --study paths of "),
+    ("--study train-mini --model mini", "--model has no part in --study train-mini of "),
+    ("--study train-mini --text a", "--text has no part in --study "),
     ("--model {m} --text {empty}", "empty"), ("--model {m} --file {m}/empty.txt", "the text has 0 tokens"),
     ("--model {m} --text a", "the text has 1 token: a path"), ("--model {m} --text abc", "the text has 1 token: a path"),
     ("--model {m} --text {long}", "tokens, {m} has 16 positions: --window 16 cuts it"),
@@ -1247,9 +1299,11 @@ def test_a_name_is_looked_up_then_downloaded(tmp_path, server, monkeypatch, caps
     server.cut, server.asked = None, []
     assert exp.main([*line, "--out", str(tmp_path / "r")]) == 0
     there = tmp_path / "cache" / "small-networks" / "gpt2" / "gpt2-medium"
-    assert {p.name: p.read_bytes() for p in there.iterdir()} == FILES
+    assert {p.name: p.read_bytes() for p in there.iterdir()} == {k: FILES[k] for k in exp.FILES}
+    assert [path.split("/")[-1] for path, *_ in server.asked] == [*exp.FILES][1:]  # config.json had come before
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
-    assert all(c["id"].startswith("gpt2-") and c["holds"] is None for c in summary["claims"])
+    assert {c["id"] for c in summary["claims"]} == {f"gpt2-medium-{k}" for k in SENTENCES}
+    assert all(c["statement"].startswith("gpt2-medium: ") and c["holds"] is None for c in summary["claims"])
     asked = len(server.asked)
     assert exp.main([*line[:-1], "--out", str(tmp_path / "again")]) == 0 and len(server.asked) == asked
     assert same(*(dict(np.load(tmp_path / r / "arrays.npz")) for r in ("r", "again")))
@@ -1271,9 +1325,43 @@ def test_the_cache_of_hugging_face(tmp_path, monkeypatch, variable, repository):
     assert exp.find("gpt2", True) == snapshot and same(exp.get("gpt2", exp.Flags()).params, PARAMS)
     with pytest.raises(common.Stop, match="gpt2-large is neither in"):
         exp.find("gpt2-large", False)
-    assert exp.get("gpt2", exp.Flags()).name != "gpt2"  # it is of another size
-    monkeypatch.setattr(exp, "SIZES", {"gpt2": (2, 12)})
     assert exp.get("gpt2", exp.Flags()).name == "gpt2"
+
+
+def test_which_snapshot_is_taken(tmp_path, monkeypatch):
+    """One that is whole: refs/main names it, or it is any; else what was downloaded."""
+    monkeypatch.setattr(urllib.request, "urlopen", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    repository, own = tmp_path / "models--gpt2", put(exp.cache() / "gpt2", {k: FILES[k] for k in exp.FILES})
+    whole = {k: FILES[k] for k in ("config.json", "vocab.json", "merges.txt")}
+    assert exp.find("gpt2", True) == own
+    for name in (*whole, SAFE):  # each of them lacks one
+        put(repository / "snapshots" / f"no {name}", {k: v for k, v in (whole | {SAFE: b""}).items() if k != name})
+    assert exp.find("gpt2", True) == own
+    for name in ("b", "c", "a"):
+        put(repository / "snapshots" / name, whole | {SAFE: b""})
+    for main in ("a", "c", "b"):
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / "main").write_text(main + "\n")
+        assert exp.find("gpt2", False) == repository / "snapshots" / main
+    (repository / "refs" / "main").write_text(f"no {SAFE}")
+    assert exp.find("gpt2", False).name in ("a", "b", "c")
+    for name, file in zip(exp.SIZES, (SAFE, BIN, f"{SAFE}.index.json", f"{BIN}.index.json")):
+        there = put(tmp_path / f"models--openai-community--{name}" / "snapshots" / "x", whole | {file: b""})
+        assert exp.find(name, False) == there
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-xl", "mini", "untrained"])
+def test_a_directory_never_speaks_for_gpt2(tmp_path, name):
+    there = put(tmp_path / name, FILES)
+    assert exp.get(str(there), flags_of(["--smoke", "--model", str(there)])).name == f"directory {name}"
+    assert exp.main([*SMOKE, "--model", str(there), "--text", "abcd", "--out", str(tmp_path / "r")]) == 0
+    claims = json.loads((tmp_path / "r" / "summary.json").read_text())["claims"]
+    assert {c["id"] for c in claims} == {f"gpt2-{k}" for k in SENTENCES} | {
+        f"directory-{name}-{k}" for k in SENTENCES - {"three-components"}}
+    assert all((c["measured"] == "needs --model gpt2") == c["statement"].startswith("GPT-2: ") for c in claims)
+    assert all(c["statement"].startswith((f"directory {name}: ", "GPT-2: ")) and c["holds"] is None for c in claims)
 
 
 # ---- studies --------------------------------------------------------------------------------------------------------
@@ -1289,7 +1377,7 @@ def ran(tmp_path_factory):
     return run
 
 
-CLAIMS = {"paths": 40, "lens": 40, "sphere": 40, "compare": 20, "train-mini": 1}
+CLAIMS = {"paths": 39, "lens": 39, "sphere": 39, "compare": 20, "train-mini": 1}
 
 
 @pytest.mark.parametrize("study", list(exp.STUDIES))
@@ -1302,16 +1390,18 @@ def test_smoke(ran, monkeypatch, study):
     assert set(drawn) == set(figures) and all(p.stat().st_size > 1000 for p in drawn.values())
     assert {"config.json", "metrics.npz", "arrays.npz", "summary.csv", "checksums.json",
             "script.py"} <= {p.name for p in out.iterdir()}
-    row = summary["runs"][0]
+    row, *more = summary["runs"]
     if study == "train-mini":
         assert row == {"seed": 0, "diverged": False, "loss": pytest.approx(arrays["loss"][0])}
         assert arrays["eval_loss"][0, -1] == arrays["loss"][0]
     else:
-        a = exp.half(arrays, 0) if study == "compare" else arrays
-        later = ~a["first"]
-        expected = {"loss": a["loss"].mean(), "lens_kl_half": np.median(a["lens_kl"][1, later])} | {
-            k: np.median(a[k][-1, later]) for k in ("norm", "cosine_predicted", "cosine_predicted_final", "rank_cosine_final")}
-        assert {k: row[k] for k in expected} == pytest.approx(expected, rel=1e-6) and not row["diverged"]
+        for a, row in zip((arrays, exp.other(arrays)), summary["runs"]):
+            later = ~a["first"]
+            expected = {"loss": a["loss"].mean(), "lens_kl_half": np.median(a["lens_kl"][1, later])} | {k: np.median(
+                a[k][-1, later]) for k in ("norm", "cosine_predicted", "cosine_predicted_final", "rank_cosine_final")}
+            assert {k: row[k] for k in expected} == pytest.approx(expected, rel=1e-6) and not row["diverged"]
+        assert len(more) == (study == "compare") and (study == "compare" or Counter(
+            c["id"].split("-")[0] for c in summary["claims"]) == {"gpt2": 20, "mini": 19})
     for name in ("train", "load", "forward"):
         monkeypatch.setattr(exp, name, None)  # no model is needed
     first = list(figures)[0]
@@ -1336,6 +1426,7 @@ def test_a_stranger_recomputes_a_path_from_its_folder(ran):
               "plane_layers": (L1, T),
               "sphere_tokens": (2, V, 3), "sphere_path": (2, L1, 3), "sphere_final": (2, 3), "sphere_angle": (2, T),
               "full_angle": (2, T),
+              "reading_kl": (5, T), "reading_top1": (5, T), "kept": (T,), "selected": (T,),
               "sphere_random": (2, T), "loss": (T - 1,), "plane_direction": (d,), "learned": (V,)}
     assert {k: a[k].shape for k in shapes} == shapes and 100 < T <= 128
     assert a["first"].nonzero()[0].tolist() == list(range(0, T, 16))
@@ -1366,41 +1457,42 @@ def test_what_is_drawn_of_a_path(ran):
     _, a = ran("paths")
     p = unpack(exp.mini_folder(flags_of("--smoke")) / SAFE)
     E, h, z, i = p["wte.weight"], a["states"].astype(float), a["final"].astype(float), int(a["token"])
-    later, pca = ~a["first"], {mode: by_svd(E, mode) for mode in exp.MODES}
+    K = E[exp.lesson("", 20)[1].unique()]  # the embeddings of the tokens that its text has: the others stay as they began
+    later, pca, middle = ~a["first"], {mode: by_svd(K, mode) for mode in exp.MODES}, K.mean(0)
     assert far(a["explained_variance"], [v / v.sum() for *_, v in pca.values()]) < 1e-5
     _, axes, variance = pca["raw centred"]
     for name, x in (("pca_path", h), ("pca_final", z), ("pca_tokens", E)):
-        assert far(a[name], (x - E.mean(0)) @ axes[:, :3]) < 1e-4
-    assert far(a["embedding_norm"], np.quantile(np.linalg.norm(E, axis=1), [.25, .5, .75])) < 1e-6
-    unit = E / np.linalg.norm(E, axis=1, keepdims=True)
-    assert far(a["embedding_anisotropy"], ((unit @ unit.T).sum() - len(E)) / (len(E) * (len(E) - 1))) < 1e-6
+        assert far(a[name], (x - middle) @ axes[:, :3]) < 1e-4
+    assert far(a["embedding_norm"], np.quantile(np.linalg.norm(K, axis=1), [.25, .5, .75])) < 1e-6
+    unit = K / np.linalg.norm(K, axis=1, keepdims=True)
+    assert far(a["embedding_anisotropy"], ((unit @ unit.T).sum() - len(K)) / (len(K) * (len(K) - 1))) < 1e-6
     assert far(a["spike_dot"], [E @ h[-1, i], E @ z[i]]) < 1e-5 and far(a["probability"], softmax(E @ z[i])) < 1e-6
     assert far(a["spike_cosine"], [[cos(e, x) for e in E] for x in (h[-1, i], z[i])]) < 1e-5
-    energy = ((h - E.mean(0)) @ axes) ** 2
+    energy = ((h - middle) @ axes) ** 2
     share = 1 - np.concatenate([0 * energy[..., :1], energy.cumsum(-1)], -1) / energy.sum(-1, keepdims=True)
     assert far(a["outside"], np.quantile(share[:, later], [.25, .5, .75], axis=1).swapaxes(0, 1)) < 1e-4
     k = next(k for k in range(13) if variance[:k].sum() >= .9 * variance.sum())
     assert a["outside_k"] == k and far(a["outside_at"], share[..., k]) < 1e-4
-    own = ((E - E.mean(0)) @ axes) ** 2
+    own = ((K - middle) @ axes) ** 2
     assert far(a["outside_limit"], np.quantile(1 - own[:, :k].sum(1) / own.sum(1), .95)) < 1e-4
     centred = ((h[-1, later] - h[-1, later].mean(0)) @ axes) ** 2
     centred = 1 - np.concatenate([0 * centred[:, :1], centred.cumsum(1)], 1) / centred.sum(1, keepdims=True)
     assert far(a["outside_centred"], np.quantile(centred, [.25, .5, .75], axis=0)) < 1e-4
     places = np.flatnonzero(later)
-    up, fitted = a["plane_direction"], (h[-1, places[::2]] - E.mean(0)) @ axes[:, 2:]
+    up, fitted = a["plane_direction"], (h[-1, places[::2]] - middle) @ axes[:, 2:]
     _, _, best = np.linalg.svd(fitted)
     assert a["plane_other"].tolist() == places[1::2].tolist() and abs(up @ axes[:, 2:] @ best[0]) > .9999
-    assert (fitted @ axes[:, 2:].T @ up).sum() > 0
+    assert (h[-1, i] - middle) @ up > 0  # the drawn path goes up
     frame = np.stack([axes[:, 0], axes[:, 1], up], 1)
-    assert far(a["plane_path"], (h - E.mean(0)) @ frame) < 1e-4 and far(a["plane_tokens"], (E - E.mean(0)) @ frame) < 1e-4
-    along = lambda x: ((x - E.mean(0)) @ up) ** 2 / ((x - E.mean(0)) ** 2).sum(-1)
+    assert far(a["plane_path"], (h - middle) @ frame) < 1e-4 and far(a["plane_tokens"], (E - middle) @ frame) < 1e-4
+    along = lambda x: ((x - middle) @ up) ** 2 / ((x - middle) ** 2).sum(-1)
     assert far(a["plane_layers"], along(h)) < 1e-4
-    assert far(a["plane_embedding"], np.quantile(along(E), .5, method="lower")) < 1e-4
+    assert far(a["plane_embedding"], np.quantile(along(K), .5, method="lower")) < 1e-4
     fits = np.ones((len(z), len(E)), bool)  # [T, V] the tokens that may be the random one
     for n, mode in enumerate(exp.SPHERES):
         _, axes, _ = pca[mode]
-        scaled = (lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)) if "on x" in mode else (lambda x: x / E.std(0))
-        at = lambda x: (scaled(x) - scaled(E).mean(0)) @ axes
+        scaled = (lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)) if "on x" in mode else (lambda x: x / K.std(0))
+        at = lambda x: (scaled(x) - scaled(K).mean(0)) @ axes
         ball = lambda x: at(x)[..., :3] / np.linalg.norm(at(x)[..., :3], axis=-1, keepdims=True)
         for name, x in (("sphere_tokens", E), ("sphere_path", h[:, i]), ("sphere_final", z[i])):
             assert far(a[name][n], ball(x)) < 1e-3, name
@@ -1417,14 +1509,32 @@ def test_what_is_drawn_of_a_path(ran):
 
 def test_studies_of_one_model_save_the_same(ran):
     (_, a), (_, b), (_, c), (_, both) = map(ran, ("paths", "lens", "sphere", "compare"))
-    assert same(a, b) and same(a, c) and same(exp.half(both, 0), {k: v for k, v in a.items() if k not in ("states", "final")})
-    other = exp.half(both, 1)
-    assert other["model"] == "untrained" and not any(k.startswith("states") for k in both)
+    assert same(a, b) and same(a, c) and same(a, both)
+    other = exp.other(both)  # of paths: the control
+    assert both["model"] == "mini" and other["model"] == "untrained"
+    assert other.keys() == {k for k in both if not k.startswith("other_")} - {"states", "final"}
+    assert exp.other(other) == {}
     untrained = exp.init(exp.Config(2, 6, 12, 16, 277), common.generator(0, "init"))
     states = exp.forward(untrained, torch.tensor(other["tokens"][:16]), exp.Config(2, 6, 12, 16, 277))
     assert far(other["norm"][:, :16], torch.stack(states).norm(dim=-1)) < 1e-6
     third = exp.get("untrained", flags_of("--smoke --model untrained --seed 3"))
     assert same(third.params, exp.init(third.config, common.generator(3, "init")))
+
+
+def test_untrained_is_what_the_model_was(tmp_path):
+    """Its configuration and tokenizer, not those of a mini, with GPT-2's start."""
+    there = put(tmp_path / "m", FILES | {"learned.json": b'{"ids": [64, 65, 66]}'})
+    for study in ("compare", "lens"):
+        flags = replace(exp.Flags(), study=study, model=str(there), seed=3)
+        found = exp.get("untrained", flags)
+        assert found.config == MODEL.config and found.tokenizer[:2] == MODEL.tokenizer[:2] and found.name == "untrained"
+        assert same(found.params, exp.init(MODEL.config, common.generator(3, "init")))
+        assert exp.tokenizer_of("untrained", flags)[:2] == MODEL.tokenizer[:2]
+    line = ["--smoke", "--study", "compare", "--model", str(there), "--text", "abcd abcd", "--seed", "3"]
+    assert exp.main([*line, "--out", str(tmp_path / "r")]) == 0
+    a = dict(np.load(tmp_path / "r" / "arrays.npz"))
+    states = torch.stack(exp.forward(found.params, torch.tensor(a["tokens"]), MODEL.config))
+    assert far(exp.other(a)["norm"], states.norm(dim=-1)) < 1e-6 and a["model"] == "m"
 
 
 def test_a_long_text_in_windows(tmp_path):
@@ -1453,13 +1563,13 @@ def test_an_exported_mini_is_the_mini(ran, tmp_path):
     for name, model in (("mini", ()), ("directory", ("--model", str(there)))):
         assert exp.main([*SMOKE, *model, "--text", "The model reads.", "--out", str(tmp_path / name)]) == 0
     a, b = (dict(np.load(tmp_path / r / "arrays.npz")) for r in ("mini", "directory"))
-    differ = {k for k in a if not same({k: a[k]}, {k: b[k]})}
-    assert a.keys() == b.keys()
-    assert differ <= {"model", "learned", "sphere_random", *(k for k in a if k.startswith("cosine_random"))}
-    assert b["learned"].all() and not a["learned"].all() and b["model"] == there.name
+    a = {k: v for k, v in a.items() if not k.startswith("other_")}  # the control of the mini alone
+    assert a.keys() == b.keys() and {k for k in a if not same({k: a[k]}, {k: b[k]})} == {"model"}
+    assert not a["learned"].all() and a["model"] == "mini" and b["model"] == there.name
     claims = json.loads((tmp_path / "directory" / "summary.json").read_text())["claims"]
     assert {c["holds"] for c in claims} == {None}
-    assert all(c["measured"] == "needs --model gpt2" for c in claims if c["id"].startswith("gpt2-"))
+    assert all((c["measured"] == "needs --model gpt2") == c["id"].startswith("gpt2-") for c in claims)
+    assert Counter(c["id"].split("-")[0] for c in claims) == {"gpt2": 20, "mini": 19}
 
 
 @pytest.mark.parametrize("token", [0, -1, 3])
@@ -1472,7 +1582,8 @@ def test_every_figure_of_any_token(ran, tmp_path, token):
     for name, draw in {**exp.FIGURES, "table": exp.draw_table}.items():
         figure = draw(arrays, flags)
         figure = figure[0] if isinstance(figure, tuple) else figure
-        assert figure.axes and "stranger; its geometry is not GPT-2's" in figure.get_suptitle()
+        assert figure.axes and "\nstranger, weights of unknown origin" in figure.get_suptitle()
+    assert arrays["plane_path"][-1, token, 2] > 0  # the drawn path goes up
     shown = [t.get_text() for t in exp.draw_table(arrays, flags).axes[0].texts]  # a row for each layer, up to the token
     assert shown == [exp.written(text, 9) for text in arrays["lens_text"][:, :token % 4 + 1].flatten()]
     moving, frames, draw = exp.draw_turning(arrays, flags)
@@ -1480,6 +1591,57 @@ def test_every_figure_of_any_token(ran, tmp_path, token):
     draw(1)
     assert frames == 3 and before != [len(ax.lines) for ax in moving.axes]
     exp.plt.close("all")
+
+
+def seen_from(look, points, inside):
+    """{what: positions} of the artists that `globe` draws of these points: as tokens, states, ln_f(h_L) and prediction."""
+    n, (figure, ax) = len(points), exp.plt.subplots()
+    arrays = {"token": 0, "norm": np.ones((n, 1)), "probability": np.linspace(.1, .9, n), "predicted": np.array([0]),
+              "predicted_text": np.array(["a"]), "sphere_tokens": points[None], "sphere_path": points[None],
+              "sphere_final": points[:1]}
+    tokens = exp.globe(ax, arrays, 0, look, inside).get_offsets().data
+    states = {int(t.get_text()): t.xy for t in ax.texts if t.get_text().isdigit()}
+    marked = {line.get_marker(): line.get_xydata()[0] for line in ax.lines if line.get_marker() in ("o", "*")}
+    exp.plt.close(figure)
+    return tokens, states, marked
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_sphere_is_seen_as_it_is(inside):
+    """A camera at +x with z up sees +y on its right; one in the centre that looks to +x sees it on its left, up to 80 degrees
+    around, at tan(angle / 2), the outermost at 1."""
+    angle, round_ = (x.flatten() for x in np.meshgrid(np.radians([5, 40, 79, 81, 89, 91, 130, 175]), np.arange(6) + .3))
+    points = np.stack([np.cos(angle), np.sin(angle) * np.cos(round_), np.sin(angle) * np.sin(round_)], 1)
+    far_out = np.tan(angle / 2) / math.tan(math.radians(40)) if inside else np.sin(angle)
+    expected = far_out[:, None] * np.stack([(-1 if inside else 1) * np.cos(round_), np.sin(round_)], 1)
+    visible = np.degrees(angle) < (80 if inside else 90)
+    assert 0 < visible.sum() < len(points) - 6 and len(set(visible[:8])) == 2
+    look = np.array([1. if inside else -1., 0, 0])
+    tokens, states, marked = seen_from(look, points, inside)
+    assert far(tokens, expected[visible]) < 1e-9 and list(states) == np.flatnonzero(visible).tolist()
+    assert all(far(at, expected[i]) < 1e-9 for i, at in states.items())
+    assert marked.keys() == {"o", "*"} and all(far(at, expected[0]) < 1e-9 for at in marked.values())
+    behind = seen_from(-look, points, inside)
+    assert len(behind[0]) == (np.degrees(angle) > (100 if inside else 90)).sum() and behind[2] == {}
+    turn = np.array([[0., -1, 0], [1, 0, 0], [0, 0, 1]])  # all of it turned about z is seen as before
+    assert far(seen_from(turn @ look, points @ turn.T, inside)[0], tokens) < 1e-9
+
+
+def test_a_camera_keeps_up_above():
+    for look in 3 * randn(50, 3).numpy():
+        right, up, towards = exp.camera(look)
+        assert far(np.stack([right, up, towards]) @ np.stack([right, up, towards]).T, np.eye(3)) < 1e-12
+        assert far(towards * np.linalg.norm(look), look) < 1e-12 and far(np.cross(right, up), -towards) < 1e-12
+        assert abs(towards[2]) >= .9 or abs(right[2]) < 1e-12 and up[2] > 0
+    assert far(exp.camera(np.array([0., 0, 2]))[2], [0, 0, 1]) < 1e-12
+
+
+def test_what_a_figure_says_of_its_model(ran):
+    _, a = ran("paths")
+    for name, words in (("mini", "mini, made here; its geometry is not GPT-2's"), ("gpt2-xl", "gpt2-xl"),
+                        ("untrained", "untrained, made here; its geometry is not GPT-2's"),
+                        ("directory gpt2", "directory gpt2, weights of unknown origin")):
+        assert exp.title(a | {"model": np.array(name)}, "What").split("\n") == ["What", words]
 
 
 def test_three_minis_are_exported(tmp_path):
@@ -1494,11 +1656,12 @@ def test_three_minis_are_exported(tmp_path):
     own, learn, held = exp.lesson(file, 20)
     assert {k: z[k][0] for k in ("uniform", "unigram", "bigram")} == pytest.approx(exp.floors(learn, held, len(own.ids)))
     for r, (group, seed) in enumerate(itertools.product((0, 1), (5, 6, 7))):
-        model = exp.load(str(tmp_path / "r" / f"group{group}" / f"seed{seed}"), "m")
+        model = exp.load(str(tmp_path / "r" / f"group{group}" / f"model{seed - 5}"), "m")
         rows = exp.windows(held, 17)
         assert model.config == exp.Config(group + 1, 6, 12, 16, len(own.ids)) and model.tokenizer[:2] == own[:2]
         assert z["loss"][r] == pytest.approx(exp.nll(model.params, rows, model.config).mean().item(), rel=1e-5)
-        found = exp.measure(model._replace(learned=learn.unique()), held[:128], list(range(0, 128, 16)), exp.Flags(seed=seed))
+        assert model.learned.tolist() == learn.unique().tolist() and len(model.learned) < len(own.ids)
+        found = exp.measure(model, held[:128], list(range(0, 128, 16)), exp.Flags(seed=seed))
         for k in found.keys() - {"states", "final", "loss"}:  # padded where the other models have more layers
             saved = z[k][r][tuple(map(slice, np.shape(found[k])))]
             assert far(np.nan_to_num(saved), np.nan_to_num(found[k])) < 1e-5, k
@@ -1537,7 +1700,7 @@ def planted(good, model="gpt2"):
     tokens, variance = np.arange(T), np.full((6, 10), .1)
     variance[exp.MODES.index("on dim centred")] = [.015, .015, pick(.006, .0151), *[.1] * 7]
     box = r.uniform(-1, 1, (V, 3))
-    box[:2] = [[-1, -1, 0], [1, pick(1, 1.001), 0]]
+    box[:3] = [[-1, -1, 0], [1, pick(1, 1.001), 0], [9, 9, 0]]  # the last is no token of the text: it is not asked
     rising, inner = by_layer(.1, .2, .3, .4, .89), np.repeat((tokens if not good else tokens + 99)[None], LAYERS, 0)
     end = np.array([1 + 2 * pick(.51, .49), 0, 0])
     return {"model": np.array(model), "first": np.arange(T) == 0, "vocab": np.array(V), "tokens": tokens,
@@ -1545,11 +1708,12 @@ def planted(good, model="gpt2"):
             "cosine_predicted": rising if good else by_layer(.99, .98, .97, .96, .91),
             "cosine_predicted_final": at_end(pick(.89, .91)),
             "rank_cosine": at_end(pick(0, 50)), "rank_cosine_final": at_end(pick(0, 1)),
-            "reading_kl": np.full((4, T), pick(.009, .011)),
-            "reading_top1": np.full((4, T), good), "lens_kl": by_layer(*pick((4, 3, 1.9, 1, 0), (4, 3, 2.1, 2.5, 3))),
+            "reading_kl": np.full((5, T), pick(.009, .011)),
+            "reading_top1": np.full((5, T), good), "lens_entropy": by_layer(0, 1, 2, 0, math.log(V) - 4),
+            "lens_kl": by_layer(*pick((4, 3, 1.9, 1, 0), (4, 3, 2.1, 2.5, 3))),
             "nearest": inner,
-            "without": np.full(T, not good), "without_other": np.full(T, 1.), "selected": np.full(T, pick(.09, .11)),
-            "pca_tokens": box,
+            "kept": np.full(T, float(good)), "selected": np.full(T, pick(.09, .11)),
+            "pca_tokens": box, "learned": np.arange(V) != 2,
             "pca_path": np.tile(end, (LAYERS, T, 1)), "explained_variance": variance,
             "sphere_angle": np.full((2, T), pick(31., 29)),
             "full_angle": np.full((2, T), pick(47., 30)), "outside_k": np.array(pick(6, 5)),
@@ -1569,9 +1733,12 @@ def test_judges_say_true_and_false_of_a_path(good):
     a = planted(good)
     assert judged(a) == {f"gpt2-{k}": good for k in SENTENCES}
     assert judged(a, smoke=True) == {f"gpt2-{k}": None for k in SENTENCES}
-    for model in ("mini", "seed0", "untrained"):
-        assert judged(planted(good, model)) == {f"gpt2-{k}": None for k in SENTENCES} | {f"{model}-{k}": good
-            for k in SENTENCES}
+    own = SENTENCES - {"three-components"}  # a figure about GPT-2 alone
+    for model in ("mini", "model0", "untrained", "directory gpt2"):
+        name = model.replace(" ", "-")
+        assert judged(planted(good, model)) == {f"gpt2-{k}": None for k in SENTENCES} | {f"{name}-{k}": good for k in own}
+    for model in exp.SIZES:
+        assert judged(planted(good, model), model=model) == {f"{model}-{k}": good for k in SENTENCES}
     flags = exp.Flags()
     flags.finished = False
     assert set(verdicts(exp.judge_paths(a, flags)).values()) == {None}
@@ -1581,6 +1748,25 @@ def test_judges_say_true_and_false_of_a_path(good):
     assert judged(mixed | {"pca_path": np.where(heads[:, None], b["pca_path"], a["pca_path"])}) == judged(a)
 
 
+@pytest.mark.parametrize("good", [True, False])
+def test_a_mini_of_other_settings_is_not_judged(good):
+    """Only the default mini has verdicts, from any seed; what its initial weights do stands beside it and has no vote."""
+    a, own = planted(good, "mini"), SENTENCES - {"three-components"}
+    both = a | {f"other_{k}": v for k, v in planted(not good, "untrained").items()}
+    for arrays, fields, holds in ((a, {}, good), (both, {}, good), (a, dict(seed=7), good), (a, dict(d_model=48), None),
+                                  (both, dict(steps=5), None), (a, dict(merges=5), None), (a, dict(lr=1.), None),
+                                  (a, dict(model="m", steps=5), good), (a, dict(model="untrained", context=9), None)):
+        assert judged(arrays, **fields) == {f"gpt2-{k}": None for k in SENTENCES} | {f"mini-{k}": holds for k in own}
+    flags = exp.Flags()
+    flags.finished = True
+    alone, beside = ({c["id"]: c["measured"] for c in exp.judge_paths(x, flags)} for x in (a, both))
+    control = exp.judged(planted(not good, "untrained"))
+    for k in SENTENCES:
+        assert beside[f"gpt2-{k}"] == alone[f"gpt2-{k}"] == "needs --model gpt2"
+    for k in own:
+        assert beside[f"mini-{k}"] == f"{alone[f'mini-{k}']}; untrained: {control[k][3]}"
+
+
 def test_judges_of_a_divided_text():
     """Half of the positions against half: open; what is said of all tokens is not; positions without a value have no vote."""
     a, b = planted(True), planted(False)
@@ -1588,10 +1774,11 @@ def test_judges_of_a_divided_text():
     found = judged(mixed)
     assert {k for k, v in found.items() if v is None} >= {f"gpt2-{k}" for k in SENTENCES - {
         "square", "three-components", "beyond", "nearer-than-most"}} and found["gpt2-square"] is True
-    few = a | {"without_other": np.where(np.arange(T) < 10, np.nan, 1.)}
+    few = a | {"kept": np.where(np.arange(T) < 10, np.nan, 1.)}
     assert judged(few)["gpt2-selects"] is None
-    assert judged(a | {"without_other": np.where(np.arange(T) < 5, np.nan, 1.)})["gpt2-selects"] is True
-    assert judged(a | {"without_other": np.zeros(T)})["gpt2-selects"] is False
+    assert judged(a | {"kept": np.where(np.arange(T) < 5, np.nan, 1.)})["gpt2-selects"] is True
+    assert judged(a | {"kept": np.zeros(T)})["gpt2-selects"] is False
+    assert judged(a | {"lens_entropy": a["lens_entropy"] + .3})["gpt2-decodes-halfway"] is False
     assert judged(a | {"rank_cosine": a["rank_cosine"] + 49})["gpt2-nearer-than-most"] is True
     low = a["explained_variance"].copy()
     low[exp.MODES.index("on dim centred"), 2] = .004
@@ -1613,16 +1800,18 @@ def test_judges_of_a_divided_text():
 def test_compare_asks_what_is_true_of_the_first_alone():
     flags = replace(exp.Flags(), study="compare")
     flags.finished = True
-    pair = lambda a, b: {f"{k}_{r}": v for r, x in enumerate((a, b)) for k, v in x.items()}
+    pair = lambda a, b: a | {f"other_{k}": v for k, v in b.items()}
     only = lambda a, b: {k.removeprefix("only-"): v for k, v in verdicts(exp.judge_compare(pair(a, b), flags)).items()}
     good, bad = planted(True), planted(False, "untrained")
     assert only(good, bad) == dict.fromkeys(SENTENCES, True)
-    for a, b in ((good, good), (bad, good), (bad, bad)):
-        assert only(a, b) == dict.fromkeys(SENTENCES, False)
+    assert only(good, good) == dict.fromkeys(SENTENCES, False)
+    for b in (good, bad):  # what is not true of the first is not asked
+        assert only(bad, b) == dict.fromkeys(SENTENCES, None)
     open_ = good | {"selected": np.where(np.arange(T) % 2, .01, .5)}
     assert only(open_, bad)["selects-little"] is None is only(good, open_)["selects-little"]
     claims = exp.judge_compare(pair(good, bad), flags)
-    assert all("gpt2" in c["measured"] + c["statement"] and "untrained" in c["statement"] for c in claims)
+    assert all(c["statement"].startswith("true of gpt2 and not of untrained: ") for c in claims)
+    assert all(re.fullmatch(r"gpt2 .*\(holds\); untrained .*\(FALSE\)", c["measured"]) for c in claims)
     flags.smoke = True
     assert set(only(good, bad).values()) == {None}
 
@@ -1630,7 +1819,8 @@ def test_compare_asks_what_is_true_of_the_first_alone():
 def test_three_seeds_vote():
     """Each for what is true of most of its positions, in the study's own settings; there is a claim for every training."""
     flags = exp.Flags(study="train-mini", **exp.Flags.per_study["train-mini"])
-    keep = [k for k in planted(True) if not k.startswith(("pca", "sphere", "full", "outside", "plane", "explained", "model"))]
+    keep = [k for k in planted(True) if not k.startswith(
+        ("pca", "sphere", "full", "outside", "plane", "explained", "model", "learned"))]
 
     def arrays(*goods):
         each = [planted(good) for good in goods]
@@ -1650,7 +1840,7 @@ def test_three_seeds_vote():
         assert judge(arrays(True, True, True), **fields) == {"learned": True}
     assert set(judge(arrays(True, True, True), steps=5).values()) <= {None, True}
     few = arrays(True, True, True)
-    few["without_other"][:, :5] = np.nan  # positions that cannot tell have no vote
+    few["kept"][:, :5] = np.nan  # positions that cannot tell have no vote
     assert judge(few)["mini-selects"] is True
     lost = arrays(True, True, True, True)
     lost["loss"][0] = np.nan

@@ -989,6 +989,8 @@ def step_of(flags, config):
     """The training step of ONE run: state and rows [batch, context + 1] -> new state, logs."""
     def step(state, rows, number):
         grads, loss = grad_and_value(lambda params: nll(params, rows, config).mean())(state["params"])
+        scale = (1 / common.norm(grads)).clamp(max=1.)  # a gradient is at most 1 long: an early burst costs a seed 100 steps
+        grads = {k: g * scale for k, g in grads.items()}
         lr = number["lr"] * schedule(state["t"], flags.steps)
         params, optimiser = common.adamw(state["params"], grads, state, lr, number["weight_decay"], beta2=.99)
         return {"params": params, **optimiser}, {"loss": loss}
@@ -1625,13 +1627,14 @@ def monotone(y):
 
 def sentences(a, say):
     """The sentences of the notes about one model, each with a value and a verdict for every position but the first of a window:
-    say(id, statement, source, expected, values [T'], agree [T'])."""
+    say(id, statement, source, expected, values [T'], agree [T'], the same of a random token [T'])."""
     l, V = ~a["first"], a["vocab"]
     last = lambda key: a[key][-1, l]
     say("not-embedding", "the last state is not (nor nearly) parallel to the predicted token's embedding: last_state(t) is not "
-        "emb(t+1)", NOTES, "cosine of h_L below .9", last("cosine_predicted"), last("cosine_predicted") < .9)
+        "emb(t+1)", NOTES, "cosine of h_L below .9", last("cosine_predicted"), last("cosine_predicted") < .9,
+        last("cosine_random"))
     say("not-embedding-normed", "nor is it after ln_f", OURS, "cosine of ln_f(h_L) below .9", last("cosine_predicted_final"),
-        last("cosine_predicted_final") < .9)
+        last("cosine_predicted_final") < .9, last("cosine_random_final"))
     say("nearer-than-most", "yet the predicted token's embedding is nearer (by cosine) to h_L than 95 % of the vocabulary",
         OURS, "rank below .05 V", last("rank_cosine") / V, last("rank_cosine") < .05 * V)
     rising = monotone(a["cosine_predicted"][:, l])
@@ -1695,13 +1698,14 @@ def judged(arrays):
     """{id: (statement, source, expected, measured, agree)} of one model: median, quartiles, and positions that agree."""
     found = {}
 
-    def note(id, statement, source, expected, values, agree):
+    def note(id, statement, source, expected, values, agree, null=None):
         if not isinstance(values, str):
             known = np.isfinite(values.astype(float))
             values, agree = values[known], agree[known] == 1
             middle = "" if values.dtype == bool or not len(values) else "{1:.3g} [{0:.3g}, {2:.3g}], ".format(
                 *np.quantile(values, [.25, .5, .75]))
             values = f"{middle}{agree.mean():.0%} of {len(agree)} positions" if len(agree) else "at no position"
+            values += "" if null is None else f" (a random token's {np.median(null):.3g})"
         found[id] = statement, source, expected, values, agree
     sentences(arrays, note)
     return found
@@ -1753,7 +1757,7 @@ def judge_train_mini(arrays, say, flags):
     """The same sentences with seeds as what votes: a seed agrees where three quarters of its positions do."""
     said = defaultdict(list)
     for r in np.flatnonzero(np.isfinite(arrays["loss"])):
-        def note(id, statement, source, expected, values, agree):
+        def note(id, statement, source, expected, values, agree, null=None):
             agree = agree[np.isfinite(values.astype(float))] == 1
             verdict, share = common.vote(agree), agree.mean() if len(agree) else math.nan
             said[id].append((statement, source, expected, share, math.nan if verdict is None else float(verdict)))

@@ -59,10 +59,12 @@ def agree(name, notebook, ours, tolerance=1e-4):
         raise SystemExit(f"{name}: the losses of notebook and ours differ by {gap:.2g}\n{a}\n{b}")
 
 
-def update(optimiser, loss):
+def update(optimiser, loss, clip=None):
     """What a notebook does with a loss."""
     optimiser.zero_grad()
     loss.backward()
+    if clip:
+        nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], clip)
     optimiser.step()
     return loss.item()
 
@@ -516,7 +518,7 @@ def mini_row(name, repeats, seconds, compile):
         losses = torch.zeros(steps, 1)
         for step, rows in enumerate(pieces(next(theirs), steps)):
             logits = model.logits(model(rows[:, :-1])[-1])
-            losses[step] = update(optimiser, F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()))
+            losses[step] = update(optimiser, F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()), clip=1.)
             rate.step()
         return losses
     draw = lambda steps: pieces(next(mine), steps)[:, None]

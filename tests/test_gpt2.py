@@ -756,23 +756,29 @@ def test_schedule():
 
 
 def test_the_step_is_that_of_torch_optim(tmp_path):
-    flags, (params, config) = learner(tmp_path, steps=6), small()
+    flags, (params, config) = learner(tmp_path, steps=12), small()
     theirs = {k: torch.nn.Parameter(p.clone()) for k, p in params.items()}
     optimiser = torch.optim.AdamW(theirs.values(), lr=1., betas=(.9, .99), eps=1e-8, weight_decay=.3)
     state, step = {"params": params, **common.adam_init(params)}, exp.step_of(flags, config)
     number = {k: torch.tensor(v, dtype=torch.float64) for k, v in (("lr", .02), ("weight_decay", .3))}
-    for t in range(6):
+    lengths = []
+    for t in range(12):
         rows = torch.randint(19, (3, 9), generator=g(t))
         z = exp.final_norm(theirs, exp.forward(theirs, rows[:, :-1], config)[-1], config)
         each = -(z @ theirs["wte.weight"].T).log_softmax(-1).gather(-1, rows[:, 1:, None])[..., 0]
         assert far(exp.nll(theirs, rows, config).detach(), each.detach()) < 1e-9 and each.shape == (3, 8)
-        optimiser.param_groups[0]["lr"] = .02 * exp.schedule(torch.tensor(t).double(), 6).item()
+        optimiser.param_groups[0]["lr"] = .02 * exp.schedule(torch.tensor(t).double(), 12).item()
         optimiser.zero_grad()
         each.mean().backward()
+        size = math.sqrt(sum(float(p.grad.square().sum()) for p in theirs.values()))
+        lengths.append(size)
+        for p in theirs.values():
+            p.grad /= max(1., size)  # at most 1 long
         optimiser.step()
         state, logs = step(state, rows, number)
         assert logs["loss"].item() == pytest.approx(each.mean().item(), abs=1e-9)
     assert all(far(state["params"][k], p.detach()) < 1e-9 for k, p in theirs.items())
+    assert min(lengths) < 1 < max(lengths)
     assert far(state["params"]["wte.weight"], params["wte.weight"]) > .01
 
 
@@ -1706,7 +1712,7 @@ def planted(good, model="gpt2"):
     return {"model": np.array(model), "first": np.arange(T) == 0, "vocab": np.array(V), "tokens": tokens,
             "predicted": tokens + 50,
             "cosine_predicted": rising if good else by_layer(.99, .98, .97, .96, .91),
-            "cosine_predicted_final": at_end(pick(.89, .91)),
+            "cosine_random": at_end(.25), "cosine_random_final": at_end(.125), "cosine_predicted_final": at_end(pick(.89, .91)),
             "rank_cosine": at_end(pick(0, 50)), "rank_cosine_final": at_end(pick(0, 1)),
             "reading_kl": np.full((5, T), pick(.009, .011)),
             "reading_top1": np.full((5, T), good), "lens_entropy": by_layer(0, 1, 2, 0, math.log(V) - 4),
@@ -1746,6 +1752,12 @@ def test_judges_say_true_and_false_of_a_path(good):
     mixed = {k: np.where(heads, b[k], v) if v.shape[-1:] == (T,) and k != "tokens" else v for k, v in a.items()}
     mixed |= {"first": heads, "plane_other": np.arange(1, T, 2)}
     assert judged(mixed | {"pca_path": np.where(heads[:, None], b["pca_path"], a["pca_path"])}) == judged(a)
+
+
+def test_a_random_token_stands_beside_a_cosine():
+    found = exp.judged(planted(True))
+    assert "(a random token's 0.25)" in found["not-embedding"][3] and "0.125)" in found["not-embedding-normed"][3]
+    assert not any("random token's" in row[3] for id, row in found.items() if "embedding" not in id)
 
 
 @pytest.mark.parametrize("good", [True, False])

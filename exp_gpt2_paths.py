@@ -2,8 +2,9 @@
 
 Law: a text. h_0 = wte + wpe, h_l is the state after block l, z = ln_f(h_L), logits = wte z (tied). The hypothesis: h_L(t) =
 emb(t+1). Looked at is any model of GPT-2's architecture; without a download a mini, trained here on the language reference that
-every Python carries, whose own claims say "mini": its geometry is not GPT-2's. Exactly known: the whole vocabulary is the null
-of every cosine and rank; losses of predictors that count stand beside the mini's.
+every Python carries. Its own claims say "mini", because its geometry is not GPT-2's, and beside them stands what its initial
+weights do. Exact: ranks among the whole vocabulary, losses of predictors that count. Nulls: a random token, one predicted
+elsewhere.
 
     python exp_gpt2_paths.py                               2 min on one core, later 15 s: train the mini, follow its paths
     python exp_gpt2_paths.py --model gpt2 --download       the same of GPT-2 (548 MB once); or --model DIRECTORY

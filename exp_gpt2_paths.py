@@ -378,8 +378,6 @@ def unembedding(params):
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "U8": torch.uint8,
           "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool}
-
-
 MOST = 2 ** 26  # bytes of a vocabulary, a configuration or a header
 
 
@@ -641,16 +639,20 @@ def load(folder, name, dtype="float32", n_heads=0):
 FILES = ("config.json", "vocab.json", "merges.txt", "model.safetensors")
 
 
+def caches():
+    """The user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
 def cache():
     """Where this script keeps its mini models and what it downloads."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "small-networks" / "gpt2"
+    return caches() / "small-networks" / "gpt2"
 
 
 def find(name, download):
     """The directory of a named model: the Hugging Face cache (HF_HUB_CACHE, HF_HOME), then our own, then, where `download`
     allows it, the network."""
-    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface")
-    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or caches() / "huggingface") / "hub")
     whole = lambda place: all((place / file).exists() for file in FILES[:3]) and any(
         (place / f"{weights}{end}").exists() for weights in WEIGHTS for end in ("", ".index.json"))
     for repository in (hub / f"models--openai-community--{name}", hub / f"models--{name}"):
@@ -731,12 +733,16 @@ def cosine(x, e):
     return (x * e).sum(-1) / (x.norm(dim=-1) * e.norm(dim=-1)).clamp(min=1e-30)
 
 
+def angle(x, e):
+    """Angle along the last axis, degrees."""
+    return cosine(x, e).clamp(-1, 1).acos() * DEGREES
+
+
 def walk(states):
     """Of the path h_0 .. h_L at each position: norm [L+1, T]; step [L, T] = |h_l - h_{l-1}|; length [T] of all steps;
     straightness [T] = |h_L - h_0| / length; turning [L-1, T]: angle between consecutive steps; between [L, T]: between
     consecutive states (degrees; 90 where one of the two is 0)."""
     steps = states.diff(dim=0)
-    angle = lambda a, b: cosine(a, b).clamp(-1, 1).acos() * DEGREES
     length = steps.norm(dim=-1).sum(0)
     return {"norm": states.norm(dim=-1), "step": steps.norm(dim=-1), "length": length,
             "straightness": (states[-1] - states[0]).norm(dim=-1) / length.clamp(min=1e-30),
@@ -935,8 +941,7 @@ def spheres(states, i, final, predicted, every, E, learned, flags):
     """sphere_.. and full_angle of `compute_paths`: directions in three components, of position i and as angles of all."""
     modes = [every[mode] for mode in SPHERES]
     ball = lambda x, b: F.normalize(coordinates(x, b, 3), dim=-1)
-    degrees = lambda x, y: cosine(x, y).clamp(-1, 1).acos() * DEGREES
-    apart = lambda ids, k: torch.stack([degrees(coordinates(states[-1], b, k), coordinates(E[ids], b, k)) for b in modes])
+    apart = lambda ids, k: torch.stack([angle(coordinates(states[-1], b, k), coordinates(E[ids], b, k)) for b in modes])
     draws = torch.randint(len(learned), (len(predicted),), generator=common.generator(flags.seed, "eval", 1))
     return {"sphere_tokens": torch.stack([by_rows(lambda x: ball(x, b), E) for b in modes]),
             "sphere_path": torch.stack([ball(states[:, i], b) for b in modes]),
@@ -956,12 +961,12 @@ def measure(model, tokens, starts, flags):
     first[starts] = True
     who = {"predicted": found["predicted"], "input": tokens, "shuffled": found["predicted"].roll(-max(1, T // 2)),
            "random": model.learned[torch.randint(len(model.learned), (T,), generator=draws)].to(at)}
-    E = held_as(params)("wte.weight")
+    E, W = held_as(params)("wte.weight"), unembedding(params)
     mean = E[model.learned.to(at)].mean(0)
     found |= cosines(states, params, config, who, mean)
     found |= readings(states[-1], params, config) | selected(z, params, found["predicted"], mean)
     found["cosine_actual"] = cosine(states[:, :-1], E[tokens[1:]])
-    log = torch.cat([(part @ unembedding(params).T).log_softmax(-1) for part in z[:-1].split(256)])
+    log = torch.cat([(part @ W.T).log_softmax(-1) for part in z[:-1].split(256)])
     found["loss"] = -log.gather(1, tokens[1:, None])[:, 0]
     found |= anisotropy(states[:, ~first]) | {"vocab": torch.tensor(config.vocab_size)}
     return {"first": first.numpy()} | {k: v.cpu().numpy() for k, v in found.items()}
@@ -1056,11 +1061,15 @@ def export(model, write):
     write("learned.json", json.dumps({"ids": model.learned.tolist()}).encode())  # ours alone: tokens that its text has
 
 
+def settings(flags):
+    """The values of OF_MINI, with the number of heads that they mean."""
+    return [getattr(replace(flags, n_heads=flags.n_heads or HEADS), f) for f in OF_MINI]
+
+
 def mini_folder(flags):
     """Where the mini of these flags is kept: named by all that decides its weights, this script among it."""
     code = [Path(file).read_bytes() for file in (__file__, common.__file__)]
-    settings = [getattr(replace(flags, n_heads=flags.n_heads or HEADS), f) for f in OF_MINI]
-    made_of = repr((code, settings, corpus(""), torch.__version__))
+    made_of = repr((code, settings(flags), corpus(""), torch.__version__))
     return cache() / f"mini-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
 
 
@@ -1276,7 +1285,6 @@ def draw_geometry(arrays, flags):
     axes[3].set(ylabel="share of the mean cosine")
     for ax in axes:
         label_layers(ax, L)
-    for ax in (axes[0], axes[1], axes[2], axes[3]):
         ax.legend(fontsize=7)
     return figure
 
@@ -1479,8 +1487,7 @@ NOTES, OURS = "research notes on the states of GPT-2", "this project"
 
 def tokenizer_of(name, flags):
     """The tokenizer of a model, without the model where that would first be trained."""
-    if name == "untrained" and flags.model not in MINI:
-        name = flags.model
+    name = flags.model if name == "untrained" else name
     if name not in MINI:
         return get(name, flags).tokenizer
     place = mini_folder(flags)
@@ -1556,9 +1563,10 @@ def compute_paths(flags, folder):
     the mini, of its initial weights."""
     models = flags.names + ["untrained"] * (flags.model == "mini" and flags.study != "compare")
     both = [look(name, flags, folder) for name in models]
+    asked = both[:len(flags.names)]
     folder.result([replace(flags, model=name) for name in flags.names],
-                  {"loss": common.padded([found["loss"][None] for found in both[:len(flags.names)]]).T},
-                  {k: v[:len(flags.names)] for k, v in common.stacked([finals(found) for found in both]).items()})
+                  {"loss": common.padded([found["loss"][None] for found in asked]).T},
+                  common.stacked([finals(found) for found in asked]))
     other = {f"other_{k}": v for found in both[1:] for k, v in found.items() if k not in ("states", "final")}
     return both[0] | other
 
@@ -1715,10 +1723,9 @@ def judged(arrays):
 def judge_paths(arrays, flags):
     """The sentences, judged at every position of one text and model: three quarters decide. Of another model than GPT-2 they
     are said twice: about GPT-2, open, and about that model; what a mini's initial weights do stands beside it."""
-    name, claims, own = str(arrays["model"]), [], type(flags)()
-    enough = not flags.smoke and flags.finished and (
-        flags.model not in MINI or all(getattr(flags, f) in (getattr(own, f), HEADS if f == "n_heads" else None)
-                                       for f in OF_MINI if f != "seed"))
+    name, claims = str(arrays["model"]), []
+    as_designed = flags.model not in MINI or settings(flags) == settings(type(flags)(seed=flags.seed))
+    enough = as_designed and not flags.smoke and flags.finished
     control = judged(other(arrays)) if other(arrays) else {}
     for id, (statement, source, expected, measured, agree) in judged(arrays).items():
         if name not in SIZES:

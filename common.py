@@ -377,12 +377,12 @@ class Fused:
     state: nested dict of tensors [R, ...] with "params" in it; numbers: what else a step needs of its run, tensors [R, ...];
     example: data of one step [R, ...]; unroll: steps that share a compiled graph (a call costs 50 to 100 microseconds, which
     only tiny steps feel). In blocks of 128 runs or more the runs are the innermost axis, along which tiny steps vectorise.
-    `compiled`, `why` and `compile_seconds` say what was decided; pass `compiled` of an earlier part of the same run to keep
-    its decision."""
+    plain: the step is a program of its own (it draws, loops, writes in place): one run at a time, never compiled. `compiled`,
+    `why` and `compile_seconds` say what was decided; pass `compiled` of an earlier part of the same run to keep its decision."""
 
-    def __init__(self, step, state, numbers, example, flags, steps, compiled=None, unroll=1):
+    def __init__(self, step, state, numbers, example, flags, steps, compiled=None, unroll=1, plain=False):
         self.at, self.runs, self.unroll = device(flags), len(leaves(state)[0]), unroll
-        self.size = block_size(flags, state["params"], numbers)
+        self.size = 1 if plain else block_size(flags, state["params"], numbers)
         self.axis = -1 if self.size >= 128 and self.at.type == "cpu" else 0  # where the runs of a block lie
         padded = torch.arange(-(-self.runs // self.size) * self.size).clamp(max=self.runs - 1)
         self.index = list(padded.split(self.size))
@@ -390,7 +390,8 @@ class Fused:
         self.blocks, self.numbers = move(state), move(numbers)
         self.step = self.eager = self.batched(step)
         self.compile_seconds = 0.
-        self.compiled, self.why = self.decide(flags, example, steps) if compiled is None else (compiled, "as before")
+        self.compiled, self.why = (False, "the step is a program, not a graph") if plain else \
+            self.decide(flags, example, steps) if compiled is None else (compiled, "as before")
         if self.compiled and steps:
             self.build(example)
         if self.compiled != compiled:  # decided here, or decided before and impossible now
@@ -500,10 +501,10 @@ class Progress:
             self.bar.close()
 
 
-def train(runs, folder, state, numbers, step, draw, evaluate, eval_at, label="", unroll=1):
+def train(runs, folder, state, numbers, step, draw, evaluate, eval_at, label="", unroll=1, plain=False):
     """Train runs of one shape together, from the folder's checkpoint if it has one. state: their step 0 and numbers: their
     constants, [R, ...]; step: the training step of one run; draw(r, chunk): the data of CHUNK steps of run r, [CHUNK, ...];
-    evaluate(r, params): what is logged at the steps `eval_at`; unroll: steps a compiled graph. Returns the final state,
+    evaluate(r, params): what is logged at the steps `eval_at`; unroll, plain: see `Fused`. Returns the final state,
     metrics (what a step logs [T, R, ...] with step [T], what is evaluated [M, R, ...] as eval_* with eval_step [M]) and
     snapshots {step as text: params}."""
     flags, R = runs[0], len(runs)
@@ -515,7 +516,7 @@ def train(runs, folder, state, numbers, step, draw, evaluate, eval_at, label="",
     draw_all = lambda chunk: tree(lambda *x: torch.stack(x, 1), *(draw(r, chunk) for r in range(R)))  # [CHUNK, R, ...]
     data = draw_all(done // CHUNK)
     fused = Fused(step, state, numbers, tree(lambda x: x[0], data), flags, flags.steps - done,
-                  compiled=saved and saved["compiled"], unroll=unroll)
+                  compiled=saved and saved["compiled"], unroll=unroll, plain=plain)
     eval_at, keep_at = list(eval_at), marks(flags.steps, flags.snapshots)
     print(f"{sum(p[0].numel() for p in state['params'].values()):,} parameters a run, {R} runs")
     progress, seconds = Progress(R, done, flags.steps, f"{label}, {R} runs"), 0.

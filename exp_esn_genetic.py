@@ -317,19 +317,18 @@ def new_value(flags, uniform, sign):
     return {"mask": torch.ones_like(sign), "continuous": sign * uniform}.get(flags.genotype, sign)
 
 
-def spectral_radius(W, squarings=24):
-    """Largest |eigenvalue| of W [.., N, N], as |W^m|^(1/m) with m = 2^24, the matrix scaled by a power of 2 after each
-    squaring, so that networks without cycles give exactly 0. Complex pairs, on which power iteration fails, do no harm; a
-    relative error is of the order of log(m^N) / m, 1e-4 at most for Jordan blocks of 50 and far less else."""
-    W, log2 = W.double(), torch.zeros(W.shape[:-2], dtype=torch.float64, device=W.device)
+def spectral_radius(W, squarings=20):
+    """Largest |eigenvalue| of W [.., N, N], as |W^m|^(1/m) with m = 2^20, the matrix scaled by a power of 2 after each
+    squaring, so that networks without cycles give exactly 0. Complex pairs, on which power iteration fails, do no harm. The
+    relative error is of the order of log |W^m / rho^m| / m: 1e-6 usually, 1e-3 for a Jordan block of 50."""
+    W, log2 = W.double(), torch.zeros(W.shape[:-2], dtype=torch.float64)
+    largest = lambda W: torch.linalg.vector_norm(W, math.inf, (-2, -1))
     for k in range(squarings + 1):
-        size = W.abs().amax((-2, -1))
-        shift = torch.where(size > 0, torch.frexp(size).exponent, 0)
-        W, log2 = torch.ldexp(W, -shift[..., None, None]), log2 + shift * .5 ** k
-        if k < squarings:
-            W = W @ W
-    size = W.abs().amax((-2, -1))
-    return torch.where(size > 0, torch.exp2(log2 + torch.log2(size.clamp(min=1e-300)) * .5 ** squarings), 0.)
+        W = W @ W if k else W
+        shift = torch.frexp(largest(W)).exponent.double()
+        W, log2 = W * torch.exp2(-shift)[..., None, None], log2 + shift * .5 ** k
+    size = largest(W)
+    return torch.where(size > 0, torch.exp2(log2 + torch.log2(size) * .5 ** squarings), 0.)
 
 
 def networks(genes, flags):
@@ -343,12 +342,11 @@ def networks(genes, flags):
     if flags.raw:
         W = W * flags.radius / math.sqrt(max(1., N * flags.density))
     radius = spectral_radius(W)
-    return W if flags.raw else rescaled(W, flags.radius), w_in, radius
+    return W if flags.raw else rescaled(W, radius, flags.radius), w_in, radius
 
 
-def rescaled(W, radius):
-    """W [P, N, N] at another spectral radius; where it is 0, W times `radius`."""
-    own = spectral_radius(W)
+def rescaled(W, own, radius):
+    """W [P, N, N] of spectral radius own [P] with another one; where it is 0, W times `radius`."""
     return (W * (radius / torch.where(own > 0, own, 1.))[:, None, None]).float()
 
 
@@ -394,17 +392,16 @@ def evaluate(W, w_in, bias, u, y, flags):
 def read_out(W, w_in, bias, u, y, flags):
     """`evaluate` of networks that fit into one kernel. Readout: minimise sum (y - b - w x)^2 + ridge |w|^2, b free, on centred
     Gram matrices in float64, which grow block by block with time and not with T."""
-    (c, N, _), (S, T, K) = W.shape, y.shape
-    double, fit, end = dict(dtype=torch.float64, device=W.device), flags.washout, flags.washout + flags.train
-    block = max(1, min(BLOCK, 2 ** 20 // (c * S * N)))
+    (c, N, _), (S, T, K), at = W.shape, y.shape, W.device
+    double, fit, end = dict(dtype=torch.float64, device=at), flags.washout, flags.washout + flags.train
+    block = max(1, min(BLOCK, 2 * TOGETHER // (c * N))) if at.type == "cpu" else BLOCK
     A, shift = (4 * W.transpose(1, 2)).contiguous(), 2 * (bias - W.sum(2)[:, None])  # [c, S, N]
-    state = torch.full((c, S, N), .5, device=W.device)
-    drive, out = torch.empty(2, block, c, S, N, device=W.device)  # buffers: fresh memory costs as much as the arithmetic
-    x = torch.empty(S, c, block, N, **double)
-    targets = torch.cat([torch.ones(S, T, 1, **double), y], 2)  # with the constant
-    gram, cross = torch.zeros(S, c, N, N, **double), torch.zeros(S, c, N, 1 + K, **double)
+    state, x = torch.full((c, S, N), .5, device=at), torch.empty(block, c, N, **double)
+    drive, out = torch.empty(2, block, c, S, N, device=at)  # buffers: fresh memory costs as much as the arithmetic
+    targets = torch.cat([torch.ones(S, T, 1, **double), y], 2).transpose(1, 2)  # with the constant, [S, 1 + K, T]
+    gram, cross = torch.zeros(S, c, N, N, **double), torch.zeros(S, 1 + K, c * N, **double)
     sums, readout, graph = torch.zeros(3, S, c, K, **double), None, None
-    if W.device.type == "cuda" and flags.compile != "off":
+    if at.type == "cuda" and flags.compile != "off":
         graph = recorded(lambda: advance(state, A, drive, flags.leak, out))
         state.fill_(.5)
     cuts = sorted({*range(0, fit, block), *range(fit, end, block), *range(end, T, block), T})
@@ -414,19 +411,15 @@ def read_out(W, w_in, bias, u, y, flags):
             graph()
         else:
             advance(state, A, drive[:b - a], flags.leak, out[:b - a])
-        if b <= fit:
-            continue
-        now = torch.mul(out[:b - a].permute(2, 1, 0, 3), 2, out=x[:, :, :b - a]).sub_(1)
-        if b <= end:
-            flat = now.flatten(0, 1)
-            gram.flatten(0, 1).baddbmm_(flat.transpose(1, 2), flat)
-            for s in range(S):
-                cross[s].baddbmm_(now[s].transpose(1, 2), targets[s, a:b].expand(c, -1, -1))
-        else:
-            if readout is None:
-                readout, intercept = ridge(gram, cross, y[:, fit:end], flags)
-            for s in range(S):
-                p = torch.baddbmm(intercept[s], now[s], readout[s])
+        if b > end and readout is None:
+            readout, intercept = ridge(gram, cross.view(S, 1 + K, c, N).permute(0, 2, 3, 1), y[:, fit:end], flags)
+        for s in range(S if b > fit else 0):  # seed by seed: what is multiplied stays in the cache
+            now = torch.mul(out[:b - a, :, s], 2, out=x[:b - a]).sub_(1)
+            if b <= end:
+                gram[s].baddbmm_(now.permute(1, 2, 0), now.transpose(0, 1))
+                cross[s].addmm_(targets[s, :, a:b], now.view(b - a, c * N))
+            else:
+                p = torch.baddbmm(intercept[s], now.transpose(0, 1), readout[s])
                 sums[:, s] += torch.stack([p.sum(1), torch.linalg.vector_norm(p, dim=1) ** 2, p.mul_(y[s, a:b]).sum(1)])
     return scores_of(sums / flags.test, y[:, end:], flags)
 
@@ -1029,10 +1022,10 @@ def compute_radius(flags, folder):
     more = {"rescaled": [], "unselected": [], "radius_only": []}
     for r, run in enumerate(runs):
         W, any_W = torch.from_numpy(arrays["W"][r])[None], networks(unselected(run), run)[0]
-        radius = spectral_radius(W).item()
-        more["rescaled"].append(scores_on_final(rescaled(W, run.radius), run)[0])
+        radius = spectral_radius(W)
+        more["rescaled"].append(scores_on_final(rescaled(W, radius, run.radius), run)[0])
         more["unselected"].append(scores_on_final(any_W, run).mean())
-        more["radius_only"].append(scores_on_final(rescaled(any_W, radius), run).mean())
+        more["radius_only"].append(scores_on_final(rescaled(any_W, spectral_radius(any_W), radius), run).mean())
     return arrays | references(runs[0]) | {k: np.array(v) for k, v in more.items()}
 
 

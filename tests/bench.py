@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import datetime
 import itertools
+import os
 import platform
 import statistics
 import sys
@@ -18,6 +19,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+os.environ |= {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # numpy's thread, before it is imported
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -28,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
 import exp_addition
+import exp_esn_genetic as exp_esn
 import exp_gpt2_paths as exp_gpt2
 import exp_iteration_head as exp_iteration
 import exp_layernorm_landscape as exp_landscape
@@ -561,6 +566,41 @@ def reading_row(name, repeats, positions):
     return line(name, 1, [(clock(notebook), clock(ours)) for _ in range(repeats)])
 
 
+# ---- Echo state networks --------------------------------------------------------------------------------------------
+
+def esn_row(name, repeats, population, **fields):
+    """Score a population on its fitness seeds. The notebook's loop: one network and seed after the other, in float64."""
+    flags = exp_esn.Flags(study="evolve", device="cpu", population=population, **fields)
+    seeds = exp_esn.seeds_of(flags, "fitness_seeds")
+    genes = exp_esn.first_genes(flags, population, common.generator(0, "init"))
+    w_in, _, u, y = (x.double().numpy() for x in exp_esn.data(flags, seeds))
+    fit, end = flags.washout, flags.washout + flags.train
+
+    def one(W, w_in, u, y):
+        x, X = np.zeros(len(W)), np.empty((len(u), len(W)))
+        for t in range(len(u)):
+            x = np.tanh(W @ x + w_in * u[t])
+            X[t] = x
+        mean, level = X[fit:end].mean(0), y[fit:end].mean(0)
+        Z = X[fit:end] - mean
+        readout = np.linalg.solve(Z.T @ Z + flags.ridge * np.eye(len(W)), Z.T @ (y[fit:end] - level))
+        p, target = (X[end:] - mean) @ readout + level, y[end:]
+        if flags.task == "memory":
+            return sum(np.corrcoef(p[:, k], target[:, k])[0, 1] ** 2 for k in range(p.shape[1]))
+        return np.sqrt(((p - target) ** 2).mean()) / target.std()
+
+    def notebook(p=0):
+        W = genes[p].double().numpy()
+        W = W * (flags.radius / abs(np.linalg.eigvals(W)).max())
+        return [one(W, *arguments) for arguments in zip(w_in, u, y)]
+    ours = lambda: exp_esn.score(exp_esn.scored(genes, flags, seeds)[0], flags)
+    apart = np.abs(np.array(notebook()) - ours()[0].numpy()).max()
+    if apart > 1e-3:
+        raise SystemExit(f"{name}: the scores of notebook and ours differ by {apart:.2g}")
+    pairs = [(clock(notebook, i % population) * population, clock(ours)) for i in range(repeats)]
+    return line(name, population * len(seeds), pairs)
+
+
 # ---- The table: experiment -> workloads, each a function (repeats, seconds) -> a line ------------------------------------
 
 ROWS = {
@@ -603,6 +643,11 @@ ROWS = {
         lambda *a: mini_row("gpt2 mini, batch 16 x 64, eager as by default", *a, compile="off"),
         lambda *a: mini_row("gpt2 mini, batch 16 x 64, --compile on", *a, compile="on"),
         lambda repeats, seconds: reading_row("gpt2 124M, 64 tokens: states, lens, ranks (a text, not a step)", repeats, 64),
+    ],
+    "esn": [
+        lambda repeats, seconds: esn_row("esn, NARMA10, N=100, 3,000 time steps (a network on a seed, not a step)", repeats, 64,
+                                         task="narma10", n_units=100, train=1800, fitness_seeds="0..7"),
+        lambda repeats, seconds: esn_row("esn, memory, N=50, 2,200 time steps, as by default", repeats, 20),
     ],
 }
 

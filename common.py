@@ -377,8 +377,9 @@ class Fused:
     state: nested dict of tensors [R, ...] with "params" in it; numbers: what else a step needs of its run, tensors [R, ...];
     example: data of one step [R, ...]; unroll: steps that share a compiled graph (a call costs 50 to 100 microseconds, which
     only tiny steps feel). In blocks of 128 runs or more the runs are the innermost axis, along which tiny steps vectorise.
-    plain: the step is a program of its own (it draws, loops, writes in place): one run at a time, never compiled. `compiled`,
-    `why` and `compile_seconds` say what was decided; pass `compiled` of an earlier part of the same run to keep its decision."""
+    plain: the step is a program of its own (it draws, loops, writes in place): one run at a time, never compiled.
+    `compiled`, `why` and `compile_seconds` say what was decided; pass `compiled` of an earlier part of the same run to keep
+    its decision."""
 
     def __init__(self, step, state, numbers, example, flags, steps, compiled=None, unroll=1, plain=False):
         self.at, self.runs, self.unroll = device(flags), len(leaves(state)[0]), unroll

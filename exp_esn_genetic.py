@@ -60,17 +60,17 @@ class Flags(common.Flags):
     sigma: float = flag(.3, "gauss: standard deviation of an edit", low=0)
     density: float = flag(.1, "share of weights that are not 0 at the start", low=0, high=1)
     inputs: int = flag(5, "indegree: inputs a neuron", low=1)
-    evolve_w_in: bool = flag(False, "W_in is a column of the genotype")
+    evolve_w_in: bool = flag(False, "W_in is a column of the genotype (signs: as large as uniform ones are on average)")
     w_in: Literal["redrawn", "fixed"] = flag("redrawn", "W_in is drawn for every seed, or once a repetition")
     fresh: bool = flag(False, "new fitness seeds in every generation")
     fitness_seeds: str = flag("0..3", "first repetition; the next one takes the next so many")
     held_out_seeds: str = flag("2000000..2000007", "the same for the curve that selects nothing")
     seeds: str = flag("1000000..1000031", "final seeds, the same for all repetitions")
     radius: float = flag(.9, "spectral radius that every W is rescaled to (0: all weights vanish)", low=0)
-    raw: bool = flag(False, "no rescaling: weights of such a size that the first W's have about --radius")
+    raw: bool = flag(False, "no rescaling: genes times --radius / sqrt(N --density), which gives ternary ones about --radius")
     leak: float = flag(1., "a, share of a state that is renewed", low=0, high=1)
-    input_scaling: float = flag(0., "largest |W_in| (0: the task's own)", low=0)
-    bias: float = flag(0., "largest |b|", low=0)
+    input_scaling: float = flag(0., "largest |W_in|, which is uniform (0: the task's own)", low=0)
+    bias_scaling: float = flag(0., "largest |b|", low=0)
     ridge: float = flag(1e-8, "penalty of squared readout weights, added to a sum over --train steps", low=0)
     washout: int = flag(200, "time steps before the readout is fitted", low=0)
     train: int = flag(1000, "time steps that it is fitted to", low=2)
@@ -94,8 +94,10 @@ class Flags(common.Flags):
         for name, most in (("tournament", P), ("elites", P - 1)):
             if getattr(self, name) > most:
                 raise common.Stop(f"--{name} {getattr(self, name)} of a --population of {P}: at most {most}")
-        if self.inputs > N:
+        if self.genotype == "indegree" and self.inputs > N:
             raise common.Stop(f"--inputs {self.inputs}: a neuron has no more than the --n-units {N} neurons to listen to")
+        if self.evolve_w_in and self.w_in == "fixed":
+            raise common.Stop("--evolve-w-in and --w-in fixed: W_in is a genotype or it is not")
         if min(self.train, self.test) < self.washout:
             raise common.Stop(f"--train {self.train} and --test {self.test} must not be shorter than --washout {self.washout}")
         kinds = "mixed", *KINDS[self.genotype]
@@ -114,22 +116,31 @@ class Flags(common.Flags):
                                   f"with --seed {self.seed}): what selects must not judge")
 
     def points(self):
-        own, given = points_of(self), getattr(self, "given", set())
+        own = points_of(self)
+        self.refuse_useless(own)
+        return [] if self.sweep else own
+
+    def refuse_useless(self, own):
+        """Stop where a flag was given that nothing in these configurations reads."""
         swept = {text.split("=")[0].replace("-", "_"): text.partition("=")[2].split(",") for text in self.sweep}
-        takes = lambda field: {*swept.get(field, ()), *(str(p.get(field, getattr(self, field))) for p in own or [{}])}
-        if (self.study == "score") != bool(self.weights):
-            raise common.Stop("--study score needs --weights FILE.npz" if self.study == "score" else
-                              "--weights has a part in --study score alone")
-        useless = {*COLUMNS, "runs", "sweep"} - {"task", "seeds", "weights", "radius", *DRAWN[2:], "leak", "ridge", "density"} \
-            if self.study == "score" else {f for f, (field, values) in ONLY.items() if not takes(field) & values}
+        given, score = getattr(self, "given", set()), self.study == "score"
+        takes = lambda field: {*swept.get(field, ()), *(str(getattr(self, field) if field in given else p.get(
+            field, getattr(self, field))) for p in own or [{}])}
+        if score != bool(self.weights):
+            raise common.Stop("--study score needs --weights FILE.npz" if score else "--weights is for --study score alone")
+        useless = {f for f, (field, values) in ONLY.items() if not takes(field) & values}
+        if score:  # the network is given: what it does counts, not how it was found
+            of_the_task = {"task", "seeds", "weights", "radius", "density", "leak", "ridge", *DRAWN[2:]}
+            useless = {*COLUMNS, "runs", "sweep"} - of_the_task
         if self.study in ("radius", "tasks"):  # champions are looked at with the W_in of the seeds
             useless.add("evolve_w_in")
+        if self.study == "seed-problem":
+            useless.add("fitness_seeds")
         if useless & given:
             raise common.Stop(f"--{min(useless & given).replace('_', '-')} has no part in this --study {self.study}")
-        if swept.keys() & {*SETS, "weights", "steps", "population"}:
+        if swept.keys() & {*SETS, "weights", "steps", "population", "elites", "fresh"}:
             raise common.Stop(f"--sweep {' '.join(self.sweep)}: searches are compared on the same seeds and with as many "
                               "evaluations; use --name and a second run")
-        return own
 
     @property
     def gaussian(self):
@@ -147,8 +158,11 @@ class Flags(common.Flags):
         return 1 if TASKS[self.task].capacity else -1
 
 
+BREEDS = "ga", "shuffled", "mutation"
 ONLY = {"inputs": ("genotype", {"indegree"}), "sigma": ("genotype", {"continuous"}), "delays": ("task", {"memory"}),
-        "horizon": ("task", {"mackey-glass", "lorenz"})}  # flags that mean something for some values of another one
+        "horizon": ("task", {"mackey-glass", "lorenz"}), "crossover": ("method", {*BREEDS[:2]}),
+        "tournament": ("method", {*BREEDS[:2]}), "mutation": ("method", {*BREEDS}), "edits": ("method", {*BREEDS})}
+# flags that mean something for some values of another one only
 COLUMNS = [f.name for f in fields(Flags) if f.name not in {g.name for g in fields(common.Flags)}] + ["seed", "steps"]
 
 
@@ -203,8 +217,8 @@ def narma10(flags, seeds, T):
 
 
 def mackey_glass_of(start, T, tau=17., inner=.1):
-    """x' = .2 x(t-tau) / (1 + x(t-tau)^10) - .1 x by Runge-Kutta of fourth order, from constant histories start [S]: x at times
-    1 .. T. Between two steps x(t-tau) is the mean of both ends and a cubic correction."""
+    """x' = .2 x(t-tau) / (1 + x(t-tau)^10) - .1 x by Runge-Kutta of fourth order (of second at the kink that a constant history
+    has at its end), from histories start [S]: x at times 1 .. T. Between two steps x(t-tau) is a cubic through four."""
     every, lag, h = round(1 / inner), round(tau / inner), inner
     x = np.empty((T * every + lag + 2, len(start)))
     x[:lag + 2] = start  # one more than the history, for the cubic
@@ -258,7 +272,14 @@ class Task(NamedTuple):
 
 TASKS = {"memory": Task(memory, .1, capacity=True), "narma10": Task(narma10, .3), "mackey-glass": Task(mackey_glass, 1.),
          "lorenz": Task(lorenz, 1.)}
-DRAWN = "task", "n_units", "input_scaling", "bias", "washout", "train", "test", "delays", "horizon"  # of data
+DRAWN = "task", "n_units", "input_scaling", "bias_scaling", "washout", "train", "test", "delays", "horizon"  # of data
+
+
+def slices(flags, seeds):
+    """The seeds, few enough at a time for their targets to take 64 MB."""
+    K = (flags.delays or 2 * flags.n_units) if TASKS[flags.task].capacity else 1
+    few = max(1, 2 ** 23 // ((flags.washout + flags.train + flags.test) * K))
+    return [seeds[i:i + few] for i in range(0, len(seeds), few)]
 
 
 def data(flags, seeds):
@@ -273,7 +294,7 @@ def drawn(seeds, settings, repetition):
     u, y = TASKS[flags.task].law(flags, list(seeds), flags.washout + flags.train + flags.test)
     uniform = lambda stream, seed: 2 * torch.rand(flags.n_units, generator=common.generator(seed, stream)) - 1
     w_in = [uniform("w_in", seed) if repetition is None else uniform("w_in/fixed", repetition) for seed in seeds]
-    bias = torch.stack([uniform("bias", seed) for seed in seeds]) * flags.bias
+    bias = torch.stack([uniform("bias", seed) for seed in seeds]) * flags.bias_scaling
     return torch.stack(w_in) * size_of_w_in(flags), bias, u.float(), y
 
 
@@ -309,6 +330,8 @@ def first_genes(flags, count, generator):
         there = torch.zeros(shape).scatter_(2, rand(count, flags.n_units, flags.n_units).topk(flags.inputs).indices, 1) > 0
     if flags.evolve_w_in:
         there[..., -1] = True
+        if flags.gaussian:
+            value[..., -1] = sign()[..., -1]
     return value * there
 
 
@@ -318,17 +341,25 @@ def new_value(flags, uniform, sign):
 
 
 def spectral_radius(W, squarings=20):
-    """Largest |eigenvalue| of W [.., N, N], as |W^m|^(1/m) with m = 2^20, the matrix scaled by a power of 2 after each
-    squaring, so that networks without cycles give exactly 0. Complex pairs, on which power iteration fails, do no harm. The
-    relative error is of the order of log |W^m / rho^m| / m: 1e-6 usually, 1e-3 for a Jordan block of 50."""
-    W, log2 = W.double(), torch.zeros(W.shape[:-2], dtype=torch.float64)
+    """Largest |eigenvalue| of W [P, N, N], as |W^m|^(1/m) with m = 2^20, the matrix scaled by a power of 2 after each squaring,
+    so that networks without cycles give exactly 0. Complex pairs, on which power iteration fails, do no harm; the relative
+    error is about 1e-6. Powers of matrices that are far from normal can underflow: they are looked up among the eigenvalues,
+    where less than 1e-4 of the largest weight counts as 0. NaN stays NaN."""
+    power, log2 = W.double(), torch.zeros(W.shape[:-2], dtype=torch.float64)
     largest = lambda W: torch.linalg.vector_norm(W, math.inf, (-2, -1))
     for k in range(squarings + 1):
-        W = W @ W if k else W
-        shift = torch.frexp(largest(W)).exponent.double()
-        W, log2 = W * torch.exp2(-shift)[..., None, None], log2 + shift * .5 ** k
-    size = largest(W)
-    return torch.where(size > 0, torch.exp2(log2 + torch.log2(size) * .5 ** squarings), 0.)
+        power = power @ power if k else power
+        shift = torch.frexp(largest(power)).exponent.double()
+        power, log2 = power * torch.exp2(-shift)[..., None, None], log2 + shift * .5 ** k
+    radius = torch.where(largest(power) == 0, 0., torch.exp2(log2 + torch.log2(largest(power)) * .5 ** squarings))
+    for p in (radius == 0).nonzero()[:, 0]:
+        reached = W[p] != 0
+        for _ in range(len(reached).bit_length()):
+            reached = reached | ((reached.float() @ reached.float()) > 0)
+        if reached.diagonal().any():  # a cycle
+            found = torch.linalg.eigvals(W[p].double()).abs().max()
+            radius[p] = found if found > 1e-4 * W[p].abs().max() else 0.
+    return radius
 
 
 def networks(genes, flags):
@@ -336,7 +367,8 @@ def networks(genes, flags):
     scale of its own: its weights are its genes times --radius."""
     N, W, w_in = flags.n_units, genes, None
     if flags.evolve_w_in:
-        W, w_in = genes[..., :-1], genes[..., -1] * size_of_w_in(flags)
+        alike = 1. if flags.genotype == "continuous" and not flags.gaussian else 3 ** -.5  # as strong as uniform numbers
+        W, w_in = genes[..., :-1], genes[..., -1] * size_of_w_in(flags) * alike
     if flags.genotype == "circulant" and not flags.gaussian:
         W = W[:, (torch.arange(N)[:, None] - torch.arange(N)) % N, 0]  # W[i, j] = gene i - j
     if flags.raw:
@@ -353,7 +385,7 @@ def rescaled(W, own, radius):
 def advance(y, A, drive, leak, out):
     """Time steps out [n, c, S, N] of y = (x + 1) / 2 from y [c, S, N], which becomes the last one. tanh z = 2 sigmoid(2 z) - 1,
     and sigmoid is four times faster; so A = 4 W' and drive = 2 (W_in u + b) - 2 W 1 [n, c, S, N] give y[t] = (1 - a) y[t-1] +
-    a sigmoid(y[t-1] A + drive[t])."""
+    a sigmoid(y[t-1] A + drive[t]). (In float32 x is exact to 6e-8, not to its last digit: signals of 1e-6 drown.)"""
     old = y
     for t in range(len(out)):
         new = torch.baddbmm(drive[t], old, A, out=out[t]).sigmoid_()
@@ -414,13 +446,13 @@ def read_out(W, w_in, bias, u, y, flags):
         if b > end and readout is None:
             readout, intercept = ridge(gram, cross.view(S, 1 + K, c, N).permute(0, 2, 3, 1), y[:, fit:end], flags)
         for s in range(S if b > fit else 0):  # seed by seed: what is multiplied stays in the cache
-            now = torch.mul(out[:b - a, :, s], 2, out=x[:b - a]).sub_(1)
+            now = x[:b - a].copy_(out[:b - a, :, s]).mul_(2).sub_(1)
             if b <= end:
                 gram[s].baddbmm_(now.permute(1, 2, 0), now.transpose(0, 1))
                 cross[s].addmm_(targets[s, :, a:b], now.view(b - a, c * N))
             else:
                 p = torch.baddbmm(intercept[s], now.transpose(0, 1), readout[s])
-                sums[:, s] += torch.stack([p.sum(1), torch.linalg.vector_norm(p, dim=1) ** 2, p.mul_(y[s, a:b]).sum(1)])
+                sums[:, s] += torch.stack([p.sum(1), p.square().sum(1), p.mul_(y[s, a:b]).sum(1)])
     return scores_of(sums / flags.test, y[:, end:], flags)
 
 
@@ -454,11 +486,22 @@ def score(values, flags):
     return values.sum(-1) if TASKS[flags.task].capacity else values.mean(-1)
 
 
+def on_seeds(W, own, flags, seeds):
+    """Values [P, S, K] of W [P, N, N] on seeds, with W_in of its own [P, N] or [P, S, N], or None: that of each seed."""
+    done, values = 0, []
+    for few in slices(flags, seeds):
+        w_in, *rest = data(flags, few)
+        if own is not None:
+            w_in = own[:, None] if own.dim() == 2 else own[:, done:done + len(few)]
+        values.append(evaluate(W, w_in, *rest, flags))
+        done += len(few)
+    return torch.cat(values, 1)
+
+
 def scored(genes, flags, seeds):
     """Values [P, S, K] of genotypes on seeds, and their spectral radii [P] before rescaling."""
     W, own, radius = networks(genes, flags)
-    w_in, bias, u, y = data(flags, seeds)
-    return evaluate(W, w_in if own is None else own[:, None], bias, u, y, flags), radius
+    return on_seeds(W, own, flags, seeds), radius
 
 
 # ---- Measures -------------------------------------------------------------------------------------------------------
@@ -493,24 +536,43 @@ def delay_line(N, weight):
     return cycle(N, weight).tril()
 
 
-REFERENCES = "ring", "chain", "any sparse", "any dense"  # nothing selected; the last two are means over DRAWS networks
-DRAWS = 20
+REFERENCES = "ring", "chain", "random sparse, mean", "random dense, mean"  # nothing selected
+DRAWS = 8  # networks that such a mean is over
 
 
 def references(flags):
-    """Scores [4, S] on the final seeds, and their means by target [4, K], of networks that nothing selected, at the same
-    spectral radius; and the NRMSE [S] of the best linear reading of the inputs."""
-    N, generator = flags.n_units, common.generator(0, "reference")
-    w_in, bias, u, y = data(flags, seeds_of(flags, "seeds"))
+    """Scores [4, S] on the final seeds, and their means by target [4, K], of ring, chain, random sparse and dense Gaussian
+    networks at the same spectral radius; and the NRMSE [S] of the best linear reading of the inputs."""
+    N, generator, seeds = flags.n_units, common.generator(0, "reference"), seeds_of(flags, "seeds")
     kinds = [cycle(N, flags.radius)[None], delay_line(N, flags.radius)[None]]
     for method in ("er", "dense"):
         own = replace(flags, method=method, genotype="ternary", evolve_w_in=False, raw=False)
         kinds.append(networks(first_genes(own, DRAWS, generator), own)[0])
-    values = [evaluate(W, w_in, bias, u, y, flags).mean(0) for W in kinds]
-    floor = torch.full((len(u),), math.nan) if flags.task == "memory" else linear_floor(u, y, flags)
+    values = [on_seeds(W, None, flags, seeds).mean(0) for W in kinds]
+    floor = torch.full((len(seeds),), math.nan)
+    if not TASKS[flags.task].capacity:
+        floor = torch.cat([linear_floor(*data(flags, few)[2:], flags) for few in slices(flags, seeds)])
     return {"reference": torch.stack([score(v, flags) for v in values]),
-            "reference_by_target": torch.stack([v.mean(0) for v in values]), "floor": floor,
-            "set_final": np.array(seeds_of(flags, "seeds"))}
+            "reference_by_target": torch.stack([v.mean(0) for v in values]), "floor": floor, "set_final": np.array(seeds)}
+
+
+def unselected(flags):
+    """DRAWS networks as random search draws them from the same space: W [DRAWS, N, N], W_in of their own or None, radii."""
+    method = flags.method if flags.gaussian else "random"
+    return networks(first_genes(replace(flags, method=method), DRAWS, common.generator(flags.seed, "unselected")), flags)
+
+
+def permuted(W, flags, count=4):
+    """W [count, N, N]: the weights of W [N, N] at random other places, at the same spectral radius. The same density, signs and
+    sizes; only the wiring is lost."""
+    generator = common.generator(flags.seed, "permuted")
+    shuffled = torch.stack([W.flatten()[torch.randperm(W.numel(), generator=generator)].view_as(W) for _ in range(count)])
+    return rescaled(shuffled, spectral_radius(shuffled), spectral_radius(W[None]).item())
+
+
+def final_score(W, own, flags):
+    """[P] mean scores on the final seeds of W [P, N, N]."""
+    return score(on_seeds(W, own, flags, seeds_of(flags, "seeds")), flags).mean(1)
 
 
 def phases(W):
@@ -597,13 +659,12 @@ def mutate(genes, flags, generator):
 
 
 def cross(a, b, flags, generator):
-    """Children of parents a, b [M, N, columns]: some rows, columns, a block of both, or single genes come from b."""
+    """Children of parents a, b [M, N, columns]: half of the rows, columns, single genes, or a block come from b."""
     M, N, C = a.shape
     rand = lambda *shape: torch.rand(*shape, generator=generator)
-    if flags.crossover == "block":
-        ends = rand(M, 2, 2).sort(2).values * torch.tensor([N, C])[:, None]  # first and last row, first and last column
-        inside = lambda n, ends: (torch.arange(n) >= ends[:, :1].floor()) & (torch.arange(n) < ends[:, 1:].ceil())
-        taken = inside(N, ends[:, 0])[:, :, None] & inside(C, ends[:, 1])[:, None]
+    if flags.crossover == "block":  # of half of the genes, round the edges
+        inside = lambda n: (torch.arange(n) - torch.randint(n, (M, 1), generator=generator)) % n < n * .5 ** .5
+        taken = inside(N)[:, :, None] & inside(C)[:, None]
     else:
         shape = {"row": (M, N, 1), "column": (M, 1, C), "uniform": (M, N, C)}.get(flags.crossover, (M, 1, 1))
         taken = rand(*shape) < (.5 if flags.crossover != "none" else 0.)
@@ -611,13 +672,13 @@ def cross(a, b, flags, generator):
 
 
 def breed(genes, loss, flags, generator):
-    """The next generation: elites as they are, then children. A loss that is NaN is the worst."""
+    """The next generation, elites first, and which networks they were. A loss that is NaN is the worst."""
     P, loss = len(genes), loss.nan_to_num(math.inf, math.inf)
     if flags.method == "shuffled":
         loss = loss[torch.randperm(P, generator=generator)]
     order = loss.argsort(stable=True)
-    M = P - flags.elites
-    if flags.method in ("random", "er", "dense"):
+    M, elites = P - flags.elites, order[:flags.elites]
+    if flags.method not in BREEDS:
         children = first_genes(flags, M, generator)
     elif flags.method == "mutation":
         children = mutate(genes[order[:1]].expand(M, -1, -1), flags, generator)
@@ -625,11 +686,11 @@ def breed(genes, loss, flags, generator):
         drawn = torch.rand(M, 2, P, generator=generator).topk(flags.tournament).indices
         parents = drawn.gather(2, loss[drawn].argmin(2, keepdim=True))[..., 0]
         children = mutate(cross(genes[parents[:, 0]], genes[parents[:, 1]], flags, generator), flags, generator)
-    return torch.cat([genes[order[:flags.elites]], children])
+    return torch.cat([genes[elites], children]), elites
 
 
 def loss_of(fitness, flags):
-    """What is minimised: the capacity that N leaves, or the NRMSE."""
+    """What is minimised, from fitness (or fitness, from it): the capacity that N leaves, or the NRMSE."""
     return flags.n_units - fitness if TASKS[flags.task].capacity else fitness
 
 
@@ -637,12 +698,14 @@ def step_of(runs):
     """One generation of ONE repetition: the population and its losses -> the next one and its losses."""
     def step(state, seed, number):
         flags, t, params = runs[int(number["run"])], int(state["t"]), {k: v.cpu() for k, v in state["params"].items()}
-        generator = torch.Generator().manual_seed(int(seed))
-        genes = breed(params["genes"], params["loss"], flags, generator) if t else params["genes"]
-        values, radius = scored(genes, flags, seeds_of(flags, "fitness_seeds", t))
-        fitness = score(values, flags).mean(-1)  # NaN where one seed failed
-        loss = loss_of(fitness, flags)
-        logs = {"loss": loss.nan_to_num(math.inf).min(), "fitness": fitness,
+        generator, genes, known = torch.Generator().manual_seed(int(seed)), params["genes"], params["loss"][:0]
+        if t:
+            genes, elites = breed(genes, params["loss"], flags, generator)
+            if not flags.fresh:  # the same seeds: the same scores
+                known = params["loss"][elites]
+        values, radius = scored(genes[len(known):], flags, seeds_of(flags, "fitness_seeds", t))
+        loss = torch.cat([known, loss_of(score(values, flags).mean(-1), flags)])  # NaN where one seed failed
+        logs = {"loss": loss.nan_to_num(math.inf).min(), "fitness": loss_of(loss, flags),
                 "failed": values.isnan().any(2).any(1).sum(), "acyclic": (radius == 0).sum()}
         return {"params": {"genes": genes, "loss": loss}, "t": state["t"] + 1}, logs
     return step
@@ -654,7 +717,7 @@ def best_of(params):
 
 
 def train(runs, folder):
-    """Search with several repetitions; a step is a generation. Returns (final state, metrics)."""
+    """Search with several repetitions; a step is a generation. Returns (final state, metrics, snapshots)."""
     flags = runs[0]
     first = [first_genes(run, run.population, common.generator(run.seed, "init")) for run in runs]
     unknown = torch.full((flags.population,), math.nan, dtype=torch.float64)
@@ -671,19 +734,19 @@ def train(runs, folder):
             values, radius = scored(best, runs[r], seeds_of(runs[r], "held_out_seeds"))
             known[r] = best, {"held_out": score(values, flags).mean(), "best_radius": radius[0]}
         genes = params["genes"][..., :flags.columns - flags.evolve_w_in]
-        return known[r][1] | {"density": (genes != 0).double().mean()}
-    final, metrics, _ = common.train(runs, folder, state, {"run": torch.arange(len(runs))}, step_of(runs), draw, evaluate,
-                                     eval_at=range(1, flags.steps + 1), label=f"{flags.method} {flags.genotype}", plain=True)
-    return final, metrics
+        return known[r][1] | {"mean_density": (genes != 0).double().mean()}
+    return common.train(runs, folder, state, {"run": torch.arange(len(runs))}, step_of(runs), draw, evaluate,
+                        eval_at=range(1, flags.steps + 1), label=f"{flags.method} {flags.genotype}", plain=True)
 
 
 # ---- Figures --------------------------------------------------------------------------------------------------------
 
 NAMES = {"ga": "genetic", "mutation": "mutation only", "random": "random search", "er": "best random sparse",
          "dense": "best random dense", "shuffled": "shuffled scores"}
-WORDS = {"method": NAMES.get, "crossover": "{} cross-over".format, "mutation": "{} edits".format, "genotype": str, "task": str,
-         "raw": {True: "raw", False: "rescaled"}.get, "w_in": "{} W_in".format,
-         "evolve_w_in": {True: "evolved W_in", False: ""}.get, "fitness_seeds": lambda text: seeds_in_words(text)}
+WORDS = {"method": NAMES.get, "mutation": "{} edits".format, "genotype": str, "task": str, "w_in": "{} W_in".format,
+         "crossover": lambda kind: f"{'no' if kind == 'none' else kind} cross-over",
+         "raw": {True: "raw", False: "rescaled"}.get, "evolve_w_in": {True: "evolved W_in", False: ""}.get,
+         "fitness_seeds": lambda text: seeds_in_words(text)}
 UNSEEN = "held-out seeds: nothing is selected on them"
 
 
@@ -710,10 +773,12 @@ def in_order(labels):
 
 def curve(ax, arrays, key, mask, label, colour):
     """The curve of some runs by evaluations, over repetitions."""
+    if not mask.any():
+        return
     x = arrays["fitness" if key in ("best", "mean") else key][mask]
     y = best(x, direction(arrays)[mask]) if key == "best" else np.nanmean(x, 2) if key == "mean" else x
     y = y[:, np.isfinite(y).any(0)]
-    cost = arrays["evaluations"][mask][0] / arrays["steps"][mask][0]
+    cost = arrays["population"][mask][0] * np.isfinite(arrays["set_fitness"][mask][0].astype(float)).sum()
     common.band(ax, (np.arange(y.shape[1]) + 1) * cost, y.T, label, colour)
 
 
@@ -731,35 +796,45 @@ def dots(ax, values, labels, colours, xlabel):
     ax.set(ylim=(len(names) - .5, -.7), xlabel=xlabel)
 
 
-def lines_of(ax, arrays, flags):
-    """What needs no search, as dashed vertical lines; only where it is the same for all runs."""
-    if any(len(np.unique(arrays[f])) > 1 for f in (*DRAWN, "radius", "leak", "ridge", "w_in") if f in arrays):
-        return
-    for name, values in zip((*REFERENCES, "linear floor"), (*arrays["reference"], arrays["floor"])):
-        if np.isfinite(x := values.mean()):
-            ax.axvline(x, color="grey", ls=":" if name == "linear floor" else "--", lw=.8)
-            ax.annotate(name, (x, 1), xycoords=("data", "axes fraction"), fontsize=6, color="grey", rotation=90, ha="right",
-                        va="top")
+def alike(arrays):
+    """Whether all runs have the same networks without search beside them."""
+    return all(len(np.unique(arrays[f])) == 1 for f in (*DRAWN, "radius", "leak", "ridge", "w_in", "seeds") if f in arrays)
+
+
+def known_scores(arrays):
+    """{name: score} of what needs no search; {} where it is not the same for all runs."""
+    names = (*REFERENCES, "best linear reading")
+    found = {name: x.mean() for name, x in zip(names, (*arrays["reference"], arrays["floor"]))} if alike(arrays) else {}
+    return {name: x for name, x in found.items() if np.isfinite(x)}
+
+
+def lines_of(ax, arrays):
+    """What needs no search, as dashed vertical lines."""
+    for i, (name, x) in enumerate(known_scores(arrays).items()):
+        ax.axvline(x, color="grey", ls="--", lw=.8)
+        ax.annotate(name, (x, 1 - .45 * (i % 2)), xycoords=("data", "axes fraction"), fontsize=6, color="grey", rotation=90,
+                    ha="right", va="top")
 
 
 def colours_of(names):
-    return dict(zip(names, common.COLOURS * (1 + len(names) // len(common.COLOURS))))
+    return dict(zip(names, itertools.cycle([*common.COLOURS, "#999999", "#882255"])))
 
 
 def draw_configurations(arrays, flags):
-    """Final scores, luck, and the curves of every configuration."""
-    labels = labels_of(arrays)
-    colours, alike = colours_of(in_order(labels)), len(np.unique(arrays["task"])) == 1
-    figure, axes = common.panels(4 if alike else 2,
-                                 f"{flags.study}: what does it change, on seeds that nothing was selected on?", flags)
-    words = unit(str(arrays["task"][0])) if alike else "score"
-    final = arrays["final"].mean(1)
+    """Final scores, luck, and the curves of every configuration; of different tasks only gains can be compared."""
+    labels, same = labels_of(arrays), len(np.unique(arrays["task"])) == 1
+    colours, final = colours_of(in_order(labels)), arrays["final"].mean(1)
+    figure, axes = common.panels(4 if same else 1, f"{flags.study}: champions on seeds that nothing was selected on", flags)
+    if not same:
+        plain = arrays["unselected"]
+        dots(axes[0], 100 * direction(arrays) * (final - plain) / np.abs(plain), labels, colours,
+             "gain over networks of the same space that nothing selected, %")
+        return figure
+    words = unit(str(arrays["task"][0]))
     dots(axes[0], final, labels, colours, f"{words}, final seeds")
-    if alike:
-        lines_of(axes[0], arrays, flags)
+    lines_of(axes[0], arrays)
     axes[0].set_title("champions: dots are repetitions, squares their mean with its 95 % interval", fontsize=8)
-    gap = luck(arrays)
-    dots(axes[1], gap, labels, colours, "fitness minus final score, in the better direction")
+    dots(axes[1], luck(arrays), labels, colours, "fitness minus final score, in the better direction")
     axes[1].axvline(0, color="grey", lw=.8)
     axes[1].set_title("luck: what fitness promised and other seeds do not keep", fontsize=8)
     for ax, key, title in zip(axes[2:], ("best", "held_out"), ("best fitness, on the seeds that select", UNSEEN)):
@@ -767,14 +842,21 @@ def draw_configurations(arrays, flags):
             curve(ax, arrays, key, labels == name, name, colours[name])
         ax.set(xlabel="network evaluations", ylabel=words)
         ax.set_title(title, fontsize=8)
-        ax.legend(fontsize=5.5)
+    shared_range(axes[2:])
+    axes[3].legend(fontsize=5.5, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
+def shared_range(axes):
+    low, high = zip(*(ax.get_ylim() for ax in axes))
+    for ax in axes:
+        ax.set_ylim(min(low), max(high))
+
+
 def draw_evolution(arrays, flags):
-    if not common.as_designed(flags):
-        return draw_configurations(arrays, flags)
     labels = labels_of(arrays)
+    if not common.as_designed(flags) or set(labels) != {NAMES[m] for m in METHODS}:
+        return draw_configurations(arrays, flags)
     names, words = in_order(labels), unit(flags.task)
     colours = colours_of(names)
     figure, axes = common.panels(4, "does evolving the topology beat luck?", flags)
@@ -786,12 +868,19 @@ def draw_evolution(arrays, flags):
     for method in ("ga", "mutation", "random"):
         curve(axes[1], arrays, "held_out", arrays["method"] == method, NAMES[method], colours[NAMES[method]])
     axes[1].set_title(f"the best, on {UNSEEN}", fontsize=9)
-    low = min(ax.get_ylim()[0] for ax in axes[:2])
+    shared_range(axes[:2])
     for ax in axes[:2]:
-        ax.set(xlabel="network evaluations", ylabel=words, ylim=(low, max(a.get_ylim()[1] for a in axes[:2])))
+        ax.set(xlabel="network evaluations", ylabel=words)
         ax.legend(fontsize=6)
+        low, high = ax.get_ylim()
+        beyond = [f"{name} {x:.3g}" for name, x in known_scores(arrays).items() if not low < x < high]
+        for name, x in known_scores(arrays).items():
+            if low < x < high:
+                common.shelf(ax, x, name, side="left")
+        ax.annotate("beyond these axes: " + ", ".join(beyond) if beyond else "", (1, 0), xycoords="axes fraction", fontsize=6,
+                    color="grey", ha="right", va="bottom")
     dots(axes[2], arrays["final"].mean(1), labels, colours, f"{words}, {arrays['final'].shape[1]} final seeds")
-    lines_of(axes[2], arrays, flags)
+    lines_of(axes[2], arrays)
     axes[2].set_title("champions, and what needs no search (dashed)", fontsize=9)
     fitness, final = best(last(arrays, "fitness"), direction(arrays)), arrays["final"].mean(1)
     for name in names:
@@ -819,9 +908,9 @@ def draw_champion(arrays, flags):
     N, order = len(W), phases(W)
     words = f"the champion of highest fitness ({labels_of(arrays)[r]}, seed {arrays['seed'][r]})"
     figure, axes = common.panels(4, words, flags)
-    common.image(axes[0], W, "W as it evolved", figure, "from neuron", "to neuron", aspect="equal")
+    common.image(axes[0], W, "W as it evolved", figure, "from neuron", "to neuron", bar=False)
     common.image(axes[1], W[np.ix_(order, order)], "W in the order of its leading complex eigenvector's phases", figure,
-                 "from neuron", "to neuron", aspect="equal")
+                 "from neuron", "to neuron")
     values, angle = np.linalg.eigvals(W), np.linspace(0, 2 * np.pi, 200)
     radius = abs(values).max()
     ring = radius * np.exp(2j * np.pi * np.arange(N) / N)
@@ -832,7 +921,7 @@ def draw_champion(arrays, flags):
     axes[2].set_title("eigenvalues", fontsize=9)
     axes[2].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
     degrees = [(W != 0).sum(1), (W != 0).sum(0)]
-    k, p = np.arange(np.max(degrees) + 2), (W != 0).mean()
+    k, p = np.arange(min(np.max(degrees), N - 1) + 2), (W != 0).mean()
     axes[3].hist(degrees, bins=k - .5, label=["inputs", "outputs"], color=common.COLOURS[:2])
     axes[3].plot(k, [N * math.comb(N, i) * p ** i * (1 - p) ** (N - i) for i in k.tolist()], "k--", lw=.8,
                  label=f"binomial, density {p:.2g}")
@@ -871,37 +960,41 @@ def draw_graph(arrays, flags):
 
 def draw_capacity(arrays, flags):
     """By delay: champions, networks that nothing selected, and the exact limit of the champion's linear network."""
-    if any(len(np.unique(arrays[f])) > 1 for f in DRAWN) or not TASKS[str(arrays["task"][0])].capacity:
+    if not alike(arrays) or not TASKS[str(arrays["task"][0])].capacity:
         return None
     labels, (W, w_in, r) = labels_of(arrays), champion(arrays)
     figure, axes = common.panels(2, "which delays are remembered?", flags)
     K, N = arrays["by_target"].shape[1], len(W)
     delay, measured = np.arange(1, K + 1), arrays["by_target"]
-    for name, colour in list(colours_of(in_order(labels)).items())[:8]:
+    for name, colour in colours_of(in_order(labels)).items():
         common.band(axes[0], delay, measured[labels == name].T, name, colour)
     for name, values, style in zip(REFERENCES, arrays["reference_by_target"], ("-", "--", "-.", ":")):
         axes[0].plot(delay, values, color="grey", ls=style, lw=1, label=f"{name}, no search")
     axes[1].plot(delay, measured[r], color=common.COLOURS[0], label=f"champion, measured: {measured[r].sum():.1f}")
-    for noise, style, name in ((flags.ridge / flags.train, "--", "with the same ridge"), (0., ":", "no ridge, endless data")):
-        known = np.mean([linear_capacity(W, w, K, noise) for w in w_in], 0)
+    leak = arrays["leak"][r]
+    linear, same = (1 - leak) * np.eye(N) + leak * W, arrays["ridge"][r] / arrays["train"][r]
+    for noise, style, name in ((same, "--", "with the same ridge"), (0., ":", "no ridge, endless data")):
+        known = np.mean([linear_capacity(linear, leak * w, K, noise) for w in w_in], 0)
         axes[1].plot(delay, known, ls=style, color="black", label=f"its linear network, exact, {name}: {known.sum():.1f}")
     for ax in axes:
         ax.set(xlabel="delay k", ylabel="squared correlation with u[t-k]", ylim=(0, 1.03), xlim=(0, min(K, 1.3 * N)))
         common.shelf(ax, 1 / flags.test, f"chance, finite samples: {1 / flags.test:.2g}", side="left")
-        ax.legend(fontsize=6)
+    axes[0].legend(fontsize=6)
+    axes[1].legend(fontsize=6, loc="lower left", bbox_to_anchor=(0, .05))
     return figure
 
 
 def draw_shares(arrays, flags):
     """Raw search: how much of its gain a random network with the champion's radius has, and what is left without it."""
-    if "rescaled" not in arrays or not (arrays["raw"] & (arrays["method"] == "ga")).any():
+    if not (arrays["raw"] & (arrays["method"] == "ga")).any():
         return None
     figure, axes = common.panels(2, "raw weights: topology or spectral radius?", flags)
-    mine = arrays["raw"] & (arrays["method"] == "ga")
+    mine, fixed = arrays["raw"] & (arrays["method"] == "ga"), ~arrays["raw"] & (arrays["method"] == "ga")
     rows = {"first networks, not selected": arrays["unselected"][mine],
             "the same with the champion's radius": arrays["radius_only"][mine],
+            "the champion's weights at other places": arrays["permuted"][mine],
             f"champion rescaled to {flags.radius:g}": arrays["rescaled"][mine], "champion": arrays["final"][mine].mean(1),
-            f"champion of the search at {flags.radius:g}": arrays["final"][~arrays["raw"] & (arrays["method"] == "ga")].mean(1)}
+            f"champion of the search at {flags.radius:g}": arrays["final"][fixed].mean(1)}
     labels = np.concatenate([[name] * len(x) for name, x in rows.items()])
     dots(axes[0], np.concatenate(list(rows.values())), labels, colours_of(list(rows)), f"{unit(flags.task)}, final seeds")
     for method, colour in zip(("ga", "random"), common.COLOURS):
@@ -922,7 +1015,8 @@ def draw_transfer(arrays, flags):
     common.image(axes[0], gain[..., 0], "in % of their score, final seeds, mean of the repetitions and 95 % interval", figure,
                  "scored on", "evolved on", (-top, top))
     for i, j in np.ndindex(gain.shape[:2]):
-        axes[0].text(j, i, "{:+.1f}\n± {:.1f}".format(*gain[i, j]), ha="center", va="center", fontsize=8)
+        axes[0].text(j, i, "{:+.1f}\n± {:.1f}".format(*gain[i, j]), ha="center", va="center", fontsize=8,
+                     color="white" if abs(gain[i, j, 0]) > .6 * top else "black")
     axes[0].set_xticks(range(len(TASKS)), list(TASKS))
     axes[0].set_yticks(range(len(tasks)), tasks)
     return figure
@@ -932,7 +1026,7 @@ def draw_score(arrays, flags):
     figure, axes = common.panels(1, f"{unit(flags.task)} of {flags.weights} on seeds {flags.seeds}", flags, size=(7, 4.5))
     names = np.concatenate([[f"network {m}"] * len(x) for m, x in enumerate(arrays["final"])])
     dots(axes[0], arrays["final"].ravel(), names, colours_of(in_order(names)), unit(flags.task))
-    lines_of(axes[0], arrays, flags)
+    lines_of(axes[0], arrays)
     return figure
 
 
@@ -959,32 +1053,40 @@ def points_of(flags):
     }.get(flags.study, [])
 
 
-def champions(runs, final, metrics):
-    """What a group of runs leaves, [R, ..] each."""
+SPACE = ("genotype", "density", "inputs", "evolve_w_in", "w_in", "raw", "radius", "leak", "ridge", "seed", "seeds", *DRAWN)
+
+
+def champions(runs, final, metrics, known):
+    """What a group of runs leaves, [R, ..] each. known: scores of networks that nothing selected, by what they depend on."""
     rows = []
     for r, run in enumerate(runs):
         winner = best_of(common.run_of(final["params"], r))
         (W, own, radius), sets = networks(winner, run), {which: seeds_of(run, which) for which in SETS}
-        values, (w_in, bias, _, _) = scored(winner, run, sets["seeds"])[0][0], data(run, sets["seeds"])
+        values, wiring = on_seeds(W, own, run, sets["seeds"])[0], permuted(W[0], run)
+        w_in, bias = (torch.cat(x) for x in zip(*(data(run, few)[:2] for few in slices(run, sets["seeds"]))))
+        space = run.method * run.gaussian, *(getattr(run, f) for f in SPACE)
+        if space not in known:
+            known[space] = final_score(*unselected(run)[:2], run).mean()
         rows.append({"W": W[0], "W_in": w_in if own is None else own.expand_as(w_in), "bias": bias, "radius_before": radius[0],
-                     "final": score(values, run), "by_target": values.mean(0),
+                     "final": score(values, run), "by_target": values.mean(0), "unselected": known[space],
+                     "permuted": final_score(wiring, None if own is None else own.expand(len(wiring), -1), run).mean(),
                      "evaluations": len(metrics["fitness"]) * run.population * len(sets["fitness_seeds"]),
                      "set_fitness": np.array(sets["fitness_seeds"]), "set_held_out": np.array(sets["held_out_seeds"])})
     return common.stacked(rows) | {k: metrics[k].swapaxes(0, 1) for k in ("fitness", "failed", "acyclic")} | {
-        k: metrics[f"eval_{k}"].T for k in ("held_out", "best_radius", "density")}
+        k: metrics[f"eval_{k}"].T for k in ("held_out", "best_radius", "mean_density")}
 
 
 def search(flags, folder):
     """(runs, their arrays) of every configuration of the study."""
-    groups, parts, done = common.groups_of_runs(flags), [], []
+    groups, parts, done, known = common.groups_of_runs(flags), [], [], {}
     for i, runs in enumerate(groups):
         sub, sign = folder.sub(i, len(groups)), runs[0].better
-        final, metrics = train(runs, sub)
-        found = champions(runs, final, metrics)
+        final, metrics, snapshots = train(runs, sub)
+        found = champions(runs, final, metrics, known)
         ends = {"fitness": best(found["fitness"][:, -1], np.full(len(runs), sign)), "final": found["final"].mean(1),
-                "evaluations": found["evaluations"]} | {k: found[k][:, -1] for k in ("held_out", "density", "best_radius")}
+                "evaluations": found["evaluations"]} | {k: found[k][:, -1] for k in ("held_out", "mean_density", "best_radius")}
         found["loss"] = loss_of(ends["final"], runs[0])
-        sub.result(runs, metrics, {"loss": found["loss"]} | ends)
+        sub.result(runs, metrics, {"loss": found["loss"]} | ends, snapshots)
         parts.append(found | {f: np.array([getattr(run, f) for run in runs]) for f in COLUMNS})
         done += runs
         if folder.interrupted:
@@ -994,64 +1096,59 @@ def search(flags, folder):
 
 def compute_search(flags, folder):
     """With one entry a run (a repetition of one configuration): its flags; fitness [R, G, P] of every generation (mean over
-    its fitness seeds of capacity or NRMSE), failed, acyclic [R, G]: networks whose ridge regression failed, or of radius 0; of
-    the generation's best held_out [R, G] and best_radius [R, G], before rescaling; density [R, G] of the population; of the
-    champion, the best of the last generation: final [R, S] on the final seeds, by_target [R, K]: capacity by delay or NRMSE,
-    W [R, N, N], W_in, bias [R, S, N], radius_before [R]; set_fitness, set_held_out [R, ..]: its seeds; evaluations [R]:
-    networks times seeds that selection saw; loss [R]: what the final score leaves of N, or the NRMSE. set_final [S]: the final
-    seeds, and of ring, chain, random sparse and dense networks: reference [4, S], reference_by_target [4, K]; floor [S]: NRMSE
-    of the best linear reading of the inputs."""
+    its fitness seeds of capacity or NRMSE), failed, acyclic [R, G]: networks whose ridge regression failed, or of radius 0,
+    among those scored anew; of the generation's best held_out [R, G] and best_radius [R, G], before rescaling; mean_density
+    [R, G] of the population; of the champion, the best of the last generation: final [R, S] on the final seeds, by_target
+    [R, K]: capacity by delay or NRMSE, W [R, N, N], W_in, bias [R, S, N], radius_before [R]; mean final scores [R] permuted: of
+    its weights at other places, unselected: of networks of its space that nothing selected; set_fitness, set_held_out
+    [R, ..]: its seeds; evaluations [R]: networks times seeds, elites counted though their scores are known; loss [R]: what the
+    final score leaves of N, or the NRMSE. And what `references` names, for the first run."""
     runs, arrays = search(flags, folder)
     return arrays | references(runs[0])
 
 
-def scores_on_final(W, flags):
-    """[M] mean scores on the final seeds of W [M, N, N] with the W_in of these seeds."""
-    return score(evaluate(W, *data(flags, seeds_of(flags, "seeds")), flags), flags).mean(1).numpy()
-
-
-def unselected(flags):
-    """DRAWS genotypes of the space, as random search would draw them."""
-    return first_genes(replace(flags, method="random"), DRAWS, common.generator(flags.seed, "unselected"))
-
-
 def compute_radius(flags, folder):
-    """`compute_search`, and of each run, as means over the final seeds [R]: rescaled: its champion at --radius; unselected:
-    networks that nothing selected; radius_only: these at the champion's radius."""
+    """`compute_search`, and as means over the final seeds [R]: rescaled: the champion at --radius; radius_only: networks that
+    nothing selected at the champion's radius."""
     runs, arrays = search(flags, folder)
-    more = {"rescaled": [], "unselected": [], "radius_only": []}
+    more = {"rescaled": [], "radius_only": []}
     for r, run in enumerate(runs):
-        W, any_W = torch.from_numpy(arrays["W"][r])[None], networks(unselected(run), run)[0]
-        radius = spectral_radius(W)
-        more["rescaled"].append(scores_on_final(rescaled(W, radius, run.radius), run)[0])
-        more["unselected"].append(scores_on_final(any_W, run).mean())
-        more["radius_only"].append(scores_on_final(rescaled(any_W, spectral_radius(any_W), radius), run).mean())
+        W = torch.from_numpy(arrays["W"][r, :run.n_units, :run.n_units]).float()[None]
+        any_W, _, any_radius = unselected(run)
+        alone, other = rescaled(any_W, any_radius, spectral_radius(W)), rescaled(W, spectral_radius(W), run.radius)
+        more["radius_only"].append(final_score(alone, None, run).mean().item() if run.raw else arrays["unselected"][r])
+        more["rescaled"].append(final_score(other, None, run).item() if run.raw else arrays["final"][r].mean())
     return arrays | references(runs[0]) | {k: np.array(v) for k, v in more.items()}
 
 
 def compute_tasks(flags, folder):
-    """`compute_search`, and transfer [R, 4]: mean score of a champion on the final seeds of every task; unselected [R, 4]: of
-    networks that nothing selected."""
+    """`compute_search`, and mean scores on the final seeds of every task [R, 4]: transfer: of the champion,
+    transfer_unselected: of networks that nothing selected."""
     runs, arrays = search(flags, folder)
-    on = lambda W, run: [scores_on_final(W, replace(run, task=task)).mean() for task in TASKS]
-    known = {seed: on(networks(unselected(run), run)[0], run) for seed, run in {run.seed: run for run in runs}.items()}
-    return arrays | references(runs[0]) | {"unselected": np.array([known[run.seed] for run in runs]), "transfer": np.array(
-        [on(W[None], run) for W, run in zip(torch.from_numpy(arrays["W"]), runs)])}
+    on = lambda W, run: [final_score(W, None, replace(run, task=task, horizon=0)).mean().item() for task in TASKS]
+    champion = lambda r, N: torch.from_numpy(arrays["W"][r, :N, :N]).float()[None]
+    known = {}
+    for run in runs:
+        known.setdefault((run.seed, run.n_units), on(unselected(run)[0], run))
+    return arrays | references(runs[0]) | {
+        "transfer": np.array([on(champion(r, run.n_units), run) for r, run in enumerate(runs)]),
+        "transfer_unselected": np.array([known[run.seed, run.n_units] for run in runs])}
 
 
 def compute_score(flags, folder):
-    """final [M, S] and by_target [M, K] of the networks W [M, N, N] of a file, as they are, on seeds [S]; W_in [M, S, N];
-    spectral_radius [M]; references as in `compute_search`."""
+    """final [M, S] and by_target [M, K] of the networks W [M, N, N] of a file, as they are, on the final seeds, W_in [M, S, N];
+    spectral_radius [M]; loss [M]; what `references` names."""
     W, own = weights_of(flags)
     flags = replace(flags, n_units=W.shape[1])
-    w_in, bias, u, y = data(flags, seeds_of(flags, "seeds"))
-    w_in = w_in.expand(len(W), -1, -1) if own is None else own
-    values, radius = evaluate(W, w_in, bias, u, y, flags), spectral_radius(W)
+    values, radius = on_seeds(W, own, flags, seeds_of(flags, "seeds")), spectral_radius(W)
+    if own is None:
+        drawn = torch.cat([data(flags, few)[0] for few in slices(flags, seeds_of(flags, "seeds"))])
+        own = drawn.expand(len(W), -1, -1)
     final = score(values, flags)
     loss = loss_of(final.mean(1), flags)
-    ends = {"loss": loss, "final": final.mean(1), "std": final.std(1), "spectral_radius": radius}
+    ends = {"loss": loss, "final": final.mean(1), "std": final.std(1, correction=0), "spectral_radius": radius}
     folder.result([flags] * len(W), {"loss": loss[None]}, ends | {"network": np.arange(len(W))})
-    return references(flags) | {"final": final, "by_target": values.mean(1), "W": W, "W_in": w_in, "spectral_radius": radius,
+    return references(flags) | {"final": final, "by_target": values.mean(1), "W": W, "W_in": own, "spectral_radius": radius,
                                 "loss": loss}
 
 
@@ -1061,7 +1158,7 @@ def finite_numbers(x):
 
 def weights_of(flags):
     """W [M, N, N] and W_in [M, S, N] or None of the file --weights. A W_in for every seed counts only where it belongs to the
-    seeds that are asked for."""
+    task and the seeds that are asked for; a file that names another leak, ridge, .. must be contradicted by hand."""
     name, seeds = flags.weights, np.array(seeds_of(flags, "seeds"))
     arrays = common.read_npz(name, name)
     W, w_in = arrays.get("W", np.zeros(0)), arrays.get("W_in")
@@ -1069,14 +1166,21 @@ def weights_of(flags):
         raise common.Stop(f"{name}: W must be finite numbers [N, N] or [M, N, N], N at least 2")
     W = W.reshape(-1, *W.shape[-2:]).astype(np.float32)
     (M, N, _), S = W.shape, len(seeds)
-    if w_in is not None and not (finite_numbers(w_in) and w_in.shape in ((N,), (M, N)) or w_in.ndim == 3 and (
-            w_in.shape[0], w_in.shape[2]) == (M, N)):
+    for field in ("leak", "bias_scaling", "ridge", "washout", "train", "test"):
+        made = np.unique(arrays.get(field, getattr(flags, field)))
+        if field not in flags.given and (len(made) != 1 or made[0] != getattr(flags, field)):
+            made = ", ".join(map(str, made[:5]))
+            raise common.Stop(f"{name} was made with --{field.replace('_', '-')} {made}: give that flag")
+    if w_in is not None and not (finite_numbers(w_in) and (w_in.shape in ((N,), (M, N)) or w_in.ndim == 3 and (
+            w_in.shape[0], w_in.shape[2]) == (M, N))):
         raise common.Stop(f"{name}: W_in must be finite numbers [{N}], [{M}, {N}] or [{M}, seeds, {N}]")
     if w_in is not None and w_in.ndim == 3 and (w_in == w_in[:, :1]).all():
         w_in = w_in[:, 0]  # the same for every seed
-    if w_in is not None and w_in.ndim == 3 and not np.array_equal(arrays.get("set_final", np.arange(w_in.shape[1])), seeds):
-        print(f"{name}: its W_in belong to other seeds; here they are drawn from {flags.seeds}")
-        w_in = None
+    if w_in is not None and w_in.ndim == 3:
+        same = np.array_equal(arrays["set_final"], seeds) if "set_final" in arrays else w_in.shape[1] == S
+        if not same or set(np.unique(arrays.get("task", flags.task))) != {flags.task}:
+            print(f"{name}: its W_in belong to other seeds or another task; here they are drawn from {flags.seeds}")
+            w_in = None
     if w_in is not None and w_in.ndim < 3:
         w_in = np.broadcast_to(w_in.reshape(-1, 1, N), (M, S, N))
     return torch.from_numpy(W), None if w_in is None else torch.from_numpy(w_in.astype(np.float32))
@@ -1095,16 +1199,22 @@ def rise(arrays, key, **settings):
     return by_seed(arrays, direction(arrays) * (last({"x": x}, "x") - x[:, 0]), **settings)
 
 
+def wired(arrays, **settings):
+    """[n] final score of the champions minus that of their weights at other places."""
+    return by_seed(arrays, arrays["final"].mean(1) - arrays["permuted"], **settings)
+
+
 def relative(arrays, task, scored_on):
     """[n] gain of the champions of a task on another one, as a share of the score of networks that nothing selected."""
     j, mine = list(TASKS).index(scored_on), common.pick(arrays, task=task)
-    plain = arrays["unselected"][mine, j]
+    plain = arrays["transfer_unselected"][mine, j]
     return (1 if TASKS[scored_on].capacity else -1) * (arrays["transfer"][mine, j] - plain) / np.abs(plain)
 
 
 def decided(say):
     """tell(id, statement, source, expected, x): a claim that the mean of x, one number a repetition, is above 0. It holds, or
-    is false, where its 95 % interval lies on one side of 0; open with fewer than five repetitions."""
+    is false, where its 95 % interval (Student's t) lies on one side of 0; open with fewer than five repetitions. All
+    repetitions share their final seeds; of sixty such claims two or three come out wrong by chance."""
     def tell(id, statement, source, expected, x):
         x = x[np.isfinite(x)]
         mean, half = interval(x)
@@ -1123,7 +1233,7 @@ def always(arrays, say, flags):
     excess = (arrays["final"].mean(1) - arrays["n_units"] - bias)[(direction(arrays) > 0) & np.isfinite(arrays["loss"])]
     if len(excess):
         say("at-most-n", "no capacity exceeds N (Jaeger 2001), but for the bias of finite samples, delays / test steps at most",
-            OURS, "at most 0", f"largest excess {excess.max():.3g}", bool(excess.max() <= 0), True)
+            OURS, "at most 0", f"largest excess {excess.max():.3g}", bool(excess.max() <= 1e-9), True)
 
 
 judged = functools.partial(common.judged, always=always, columns=COLUMNS)
@@ -1139,11 +1249,17 @@ def judge_evolve(arrays, say, flags):
         tell(f"beats-{method}", f"the genetic search finds better networks than {words}", TOPOLOGY, "gain on final seeds",
              gain(arrays, "final", ga, dict(method=method)))
     final = by_seed(arrays, arrays["final"].mean(1), **ga)
-    for i, words in enumerate(("a ring (simple cycle reservoir)", "a chain (delay line reservoir)",
-                               "the mean random sparse network")):
-        tell(f"beats-{('ring', 'chain', 'sparse')[i]}",
-             f"the genetic search finds better networks than {words}, which needs no search",
-             TOPOLOGY, "gain on final seeds", flags.better * (final - arrays["reference"][i].mean()))
+    for i, words in enumerate(("a ring (simple cycle reservoir)", "a chain (delay line reservoir)")):
+        tell(f"beats-{REFERENCES[i]}", f"the genetic search finds better networks than {words}, which needs no search",
+             TOPOLOGY,
+             "gain on final seeds", flags.better * (final - arrays["reference"][i].mean()))
+    tell("beats-unselected", "the genetic search finds better networks than its space has on average", TOPOLOGY,
+         "gain on final seeds", flags.better * (final - by_seed(arrays, "unselected", **ga)))
+    for method in ("ga", "random"):
+        tell(f"wiring-{method}",
+             f"the champion of {'the genetic' if method == 'ga' else 'random'} search is its wiring: with the "
+             "same weights at random other places (and the same radius) it is worse", OURS, "loss on final seeds",
+             flags.better * wired(arrays, method=method))
     held, fitness = rise(arrays, "held_out", **ga), rise(arrays, "fitness", **ga)
     tell("gain-is-real", "the search improves what other seeds see", TOPOLOGY, "rise of the best on held-out seeds", held)
     tell("mostly-luck", "more than half of the rise in fitness is luck: other seeds do not see it", OURS,
@@ -1216,9 +1332,11 @@ def judge_radius(arrays, say, flags):
     tell("radius-most",
          "more than half of a raw search's gain is spectral radius: unselected networks with the champion's radius "
          "have it as well", source, "their gain minus half of the champion's", radius - total / 2)
-    tell("topology-too", "at a fixed radius there is still a gain: it is topology", source, "gain of the rescaled search over "
-         "networks that nothing selected", flags.better * (by_seed(arrays, arrays["final"].mean(1), **fixed) - by_seed(
-             arrays, "unselected", **fixed)))
+    for name, settings in (("fixed", fixed), ("raw", raw)):
+        tell(f"wiring-{name}",
+             f"the champion of the {'rescaled' if name == 'fixed' else 'raw'} search is topology: with the same "
+             "weights at random other places and the same radius it is worse", source, "loss on final seeds",
+             flags.better * wired(arrays, **settings))
 
 
 @judged

@@ -291,6 +291,20 @@ def test_compiled_is_eager_to_tolerance_and_alone_bit_for_bit():
     assert bits(logs["loss"][:, :1]) == bits(alone["loss"])
 
 
+def test_a_plain_step_may_do_what_no_graph_can():
+    def step(state, seed, number):
+        seen.append(int(number["run"]))
+        g = torch.Generator().manual_seed(int(seed))
+        state["params"]["w"] += torch.rand(3, generator=g)  # in place, from its own generator
+        return {"params": dict(state["params"])}, {"loss": state["params"]["w"].max() if seed % 2 else torch.tensor(0.)}
+    seen, state = [], {"params": {"w": torch.zeros(3, 3)}}
+    f = common.Fused(step, state, {"run": torch.arange(3)}, torch.arange(3), cli("--compile on"), 5, plain=True)
+    logs = f(torch.arange(6).view(2, 3))
+    assert not f.compiled and f.size == 1 and seen == [0, 0, 1, 1, 2, 2] and logs["loss"].shape == (2, 3)
+    expected = sum(torch.rand(3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 4))
+    assert torch.equal(f.state()["params"]["w"][1], expected) and not state["params"]["w"].any()
+
+
 def test_trials_move_nothing_states_are_copies_and_update_by_name(monkeypatch):
     (f, data), (untried, _) = least_squares(3, "auto"), least_squares(3, "off", turn=lambda d: dict(reversed(d.items())))
     kept = f.state()

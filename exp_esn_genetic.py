@@ -136,8 +136,12 @@ class Flags(common.Flags):
             useless.add("evolve_w_in")
         if self.study == "seed-problem":
             useless.add("fitness_seeds")
+            if self.steps % 2:
+                raise common.Stop(f"--steps {self.steps}: eight seeds have half as many generations; take an even number")
         if useless & given:
             raise common.Stop(f"--{min(useless & given).replace('_', '-')} has no part in this --study {self.study}")
+        if score and not self.plot_only:
+            weights_of(self)  # a bad file is refused before anything is written
         if swept.keys() & {*SETS, "weights", "steps", "population", "elites", "fresh"}:
             raise common.Stop(f"--sweep {' '.join(self.sweep)}: searches are compared on the same seeds and with as many "
                               "evaluations; use --name and a second run")
@@ -563,11 +567,12 @@ def unselected(flags):
 
 
 def permuted(W, flags, count=4):
-    """W [count, N, N]: the weights of W [N, N] at random other places, at the same spectral radius. The same density, signs and
-    sizes; only the wiring is lost."""
+    """W [count, N, N]: the weights of W [N, N] at random other places, at the same spectral radius (unless it is 0). The same
+    density, signs and sizes; only the wiring is lost."""
     generator = common.generator(flags.seed, "permuted")
     shuffled = torch.stack([W.flatten()[torch.randperm(W.numel(), generator=generator)].view_as(W) for _ in range(count)])
-    return rescaled(shuffled, spectral_radius(shuffled), spectral_radius(W[None]).item())
+    radius = spectral_radius(W[None]).item()
+    return rescaled(shuffled, spectral_radius(shuffled), radius) if radius else shuffled
 
 
 def final_score(W, own, flags):
@@ -585,10 +590,12 @@ def phases(W):
 
 @functools.lru_cache
 def student(n, level=.95):
-    """Two-sided quantile of Student's t with n - 1 degrees of freedom, its density summed up."""
-    t = np.linspace(0, 1000, 2_000_001)
+    """Two-sided quantile of Student's t with n - 1 degrees of freedom: its density summed up, and a power law beyond 1000."""
+    step = 1 / 2000
+    t = (np.arange(2_000_000) + .5) * step
     density = (1 + t ** 2 / (n - 1)) ** (-n / 2)
-    return np.interp(level, np.cumsum(density) / density.sum(), t)
+    beyond = (n - 1) ** (n / 2 - 1) * 1000. ** (1 - n)
+    return np.interp(level, np.cumsum(density) * step / (density.sum() * step + beyond), t + step / 2)
 
 
 def interval(x):
@@ -608,6 +615,12 @@ def best(x, sign):
     sign = np.reshape(sign, (-1, *[1] * (x.ndim - 1)))
     top = np.where(np.isfinite(x), sign * x, -np.inf).max(-1)
     return np.where(np.isfinite(top), sign[..., 0] * top, np.nan)
+
+
+def mean(x):
+    """The mean over the last axis of what is finite; NaN where nothing is."""
+    count = np.isfinite(x).sum(-1)
+    return np.divide(np.where(np.isfinite(x), x, 0).sum(-1), count, out=np.full(count.shape, np.nan), where=count > 0)
 
 
 def last(arrays, key):
@@ -776,8 +789,10 @@ def curve(ax, arrays, key, mask, label, colour):
     if not mask.any():
         return
     x = arrays["fitness" if key in ("best", "mean") else key][mask]
-    y = best(x, direction(arrays)[mask]) if key == "best" else np.nanmean(x, 2) if key == "mean" else x
+    y = best(x, direction(arrays)[mask]) if key == "best" else mean(x) if key == "mean" else x
     y = y[:, np.isfinite(y).any(0)]
+    if not y.size:
+        return
     cost = arrays["population"][mask][0] * np.isfinite(arrays["set_fitness"][mask][0].astype(float)).sum()
     common.band(ax, (np.arange(y.shape[1]) + 1) * cost, y.T, label, colour)
 
@@ -808,12 +823,23 @@ def known_scores(arrays):
     return {name: x for name, x in found.items() if np.isfinite(x)}
 
 
-def lines_of(ax, arrays):
-    """What needs no search, as dashed vertical lines."""
-    for i, (name, x) in enumerate(known_scores(arrays).items()):
+def lines_of(ax, arrays, reach=.5):
+    """What needs no search, as dashed vertical lines where they lie near (within `reach` axes), in words where far off."""
+    low, high = ax.get_xlim()
+    room = reach * (high - low)
+    near = {name: x for name, x in known_scores(arrays).items() if low - room < x < high + room}
+    for i, (name, x) in enumerate(near.items()):
         ax.axvline(x, color="grey", ls="--", lw=.8)
         ax.annotate(name, (x, 1 - .45 * (i % 2)), xycoords=("data", "axes fraction"), fontsize=6, color="grey", rotation=90,
                     ha="right", va="top")
+    far_off(ax, {name: x for name, x in known_scores(arrays).items() if name not in near})
+
+
+def far_off(ax, scores):
+    """A line of text about what lies beyond the axes."""
+    if scores:
+        ax.annotate("beyond these axes: " + ", ".join(f"{name} {x:.3g}" for name, x in scores.items()), (1, 0),
+                    xycoords="axes fraction", fontsize=6, color="grey", ha="right", va="bottom")
 
 
 def colours_of(names):
@@ -843,8 +869,13 @@ def draw_configurations(arrays, flags):
         ax.set(xlabel="network evaluations", ylabel=words)
         ax.set_title(title, fontsize=8)
     shared_range(axes[2:])
-    axes[3].legend(fontsize=5.5, loc="upper left", bbox_to_anchor=(1, 1))
+    legend(axes[3], fontsize=5.5, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
+
+
+def legend(ax, **style):
+    if ax.get_legend_handles_labels()[0]:  # not where every run failed
+        ax.legend(**style)
 
 
 def shared_range(axes):
@@ -871,16 +902,14 @@ def draw_evolution(arrays, flags):
     shared_range(axes[:2])
     for ax in axes[:2]:
         ax.set(xlabel="network evaluations", ylabel=words)
-        ax.legend(fontsize=6)
+        legend(ax, fontsize=6)
         low, high = ax.get_ylim()
-        beyond = [f"{name} {x:.3g}" for name, x in known_scores(arrays).items() if not low < x < high]
-        for name, x in known_scores(arrays).items():
-            if low < x < high:
-                common.shelf(ax, x, name, side="left")
-        ax.annotate("beyond these axes: " + ", ".join(beyond) if beyond else "", (1, 0), xycoords="axes fraction", fontsize=6,
-                    color="grey", ha="right", va="bottom")
+        inside = {name: x for name, x in known_scores(arrays).items() if low < x < high}
+        for name, x in inside.items():
+            common.shelf(ax, x, name, side="left")
+    far_off(axes[1], {name: x for name, x in known_scores(arrays).items() if name not in inside})
     dots(axes[2], arrays["final"].mean(1), labels, colours, f"{words}, {arrays['final'].shape[1]} final seeds")
-    lines_of(axes[2], arrays)
+    lines_of(axes[2], arrays, math.inf)
     axes[2].set_title("champions, and what needs no search (dashed)", fontsize=9)
     fitness, final = best(last(arrays, "fitness"), direction(arrays)), arrays["final"].mean(1)
     for name in names:
@@ -1011,7 +1040,7 @@ def draw_transfer(arrays, flags):
     gain = 100 * np.array([[interval(relative(arrays, a, b)) for b in TASKS] for a in tasks])
     figure, axes = common.panels(1, "a champion of one task on another: gain over networks that nothing selected", flags,
                                  size=(6.5, 4.5))
-    top = np.nanmax(np.abs(gain[..., 0])) or 1
+    top = np.abs(np.nan_to_num(gain[..., 0])).max() or 1
     common.image(axes[0], gain[..., 0], "in % of their score, final seeds, mean of the repetitions and 95 % interval", figure,
                  "scored on", "evolved on", (-top, top))
     for i, j in np.ndindex(gain.shape[:2]):
@@ -1125,7 +1154,7 @@ def compute_tasks(flags, folder):
     """`compute_search`, and mean scores on the final seeds of every task [R, 4]: transfer: of the champion,
     transfer_unselected: of networks that nothing selected."""
     runs, arrays = search(flags, folder)
-    on = lambda W, run: [final_score(W, None, replace(run, task=task, horizon=0)).mean().item() for task in TASKS]
+    on = lambda W, run: [final_score(W, None, replace(run, task=task)).mean().item() for task in TASKS]
     champion = lambda r, N: torch.from_numpy(arrays["W"][r, :N, :N]).float()[None]
     known = {}
     for run in runs:
@@ -1153,7 +1182,7 @@ def compute_score(flags, folder):
 
 
 def finite_numbers(x):
-    return x.dtype.kind in "fiu" and bool(np.isfinite(x.astype(np.float32)).all())
+    return x.dtype.kind in "fiu" and bool((np.abs(x) < 1e30).all())
 
 
 def weights_of(flags):
@@ -1168,11 +1197,11 @@ def weights_of(flags):
     (M, N, _), S = W.shape, len(seeds)
     for field in ("leak", "bias_scaling", "ridge", "washout", "train", "test"):
         made = np.unique(arrays.get(field, getattr(flags, field)))
-        if field not in flags.given and (len(made) != 1 or made[0] != getattr(flags, field)):
+        if field not in getattr(flags, "given", set()) and (len(made) != 1 or made[0] != getattr(flags, field)):
             made = ", ".join(map(str, made[:5]))
             raise common.Stop(f"{name} was made with --{field.replace('_', '-')} {made}: give that flag")
     if w_in is not None and not (finite_numbers(w_in) and (w_in.shape in ((N,), (M, N)) or w_in.ndim == 3 and (
-            w_in.shape[0], w_in.shape[2]) == (M, N))):
+            w_in.shape[0], w_in.shape[2]) == (M, N) and w_in.size)):
         raise common.Stop(f"{name}: W_in must be finite numbers [{N}], [{M}, {N}] or [{M}, seeds, {N}]")
     if w_in is not None and w_in.ndim == 3 and (w_in == w_in[:, :1]).all():
         w_in = w_in[:, 0]  # the same for every seed

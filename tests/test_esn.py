@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GENOTYPES, TASKS, METHODS = tuple(exp.KINDS), tuple(exp.TASKS), ("ga", "mutation", "random", "er", "dense", "shuffled")
 SMALL = dict(n_units=8, population=6, steps=4, washout=20, train=60, test=40, ridge=1e-3, density=.3, compile="off",
              device="cpu", seeds="1000000..1000001", fitness_seeds="0..1", held_out_seeds="2000000..2000001")
-SMOKE = "--smoke --runs 2 --compile off --bias .2 --density .4".split()
+SMOKE = "--smoke --runs 2 --compile off --bias-scaling .2 --density .4".split()
 g = lambda seed=0: torch.Generator().manual_seed(seed)
 randn = lambda *shape, seed=1: torch.randn(*shape, generator=g(seed), dtype=torch.float64)
 double = lambda x: torch.as_tensor(x, dtype=torch.float64)
@@ -32,7 +32,6 @@ same = lambda a, b: a.keys() == b.keys() and all(np.array_equal(
     a[k], b[k], equal_nan=np.asarray(a[k]).dtype.kind == "f") for k in a)
 flags_of = lambda line: common.cli(exp.Flags, line.split())
 small = lambda **more: " ".join(f"--{k.replace('_', '-')} {v}" for k, v in (SMALL | more).items())
-known = lambda reason: pytest.mark.xfail(strict=True, reason=reason)
 top = lambda W: np.abs(np.linalg.eigvals(np.asarray(W, float))).max()
 
 
@@ -43,6 +42,13 @@ def made(**fields):
 
 def first(flags, count=3, seed=0):
     return exp.first_genes(flags, count, g(seed))
+
+
+def bred(genes, loss, flags, generator):
+    """The next generation; its first are those that `breed` says."""
+    new, elites = exp.breed(genes, loss, flags, generator)
+    assert torch.equal(new[:flags.elites], genes[elites]) and len(elites) == flags.elites
+    return new
 
 
 def folder(path, flags):
@@ -61,7 +67,8 @@ def matrix(genes, flags):
     """W and W_in (None where it is not evolved) of one genotype [N, columns]."""
     genes, N, w_in = np.asarray(genes, float), flags.n_units, None
     if flags.evolve_w_in:
-        genes, w_in = genes[:, :-1], genes[:, -1] * (flags.input_scaling or exp.TASKS[flags.task].w_in)
+        size = (flags.input_scaling or exp.TASKS[flags.task].w_in) / (1 if flags.genotype == "continuous" else math.sqrt(3))
+        genes, w_in = genes[:, :-1], genes[:, -1] * size  # signs are as strong as uniform numbers
     W = np.array([[genes[(i - j) % N, 0] if flags.genotype == "circulant" else genes[i, j] for j in range(N)]
                   for i in range(N)])
     return W * flags.radius / (math.sqrt(max(1, N * flags.density)) if flags.raw else top(W)), w_in
@@ -91,7 +98,7 @@ def by_loop(W, w_in, bias, u, y, flags):
 
 # ---- the engine -----------------------------------------------------------------------------------------------------
 
-CASES = [dict(genotype=genotype, task=task, leak=(1., .3)[i % 2], bias=(0., .5)[i // 2 % 2], evolve_w_in=i % 3 == 0,
+CASES = [dict(genotype=genotype, task=task, leak=(1., .3)[i % 2], bias_scaling=(0., .5)[i // 2 % 2], evolve_w_in=i % 3 == 0,
               raw=i % 5 == 1) for i, (genotype, task) in enumerate(itertools.product(GENOTYPES, TASKS))]
 
 
@@ -116,7 +123,7 @@ def test_batched_is_one_by_one_is_a_loop(fields):
 
 @pytest.mark.parametrize("task", ["memory", "narma10"])
 def test_blocks_of_time_and_of_networks_change_nothing(monkeypatch, task):
-    flags = made(task=task, leak=.7, bias=.2, ridge=.1, washout=23, train=61, test=45)
+    flags = made(task=task, leak=.7, bias_scaling=.2, ridge=.1, washout=23, train=61, test=45)
     W, _, _ = exp.networks(first(flags, 5), flags)
     rest = exp.data(flags, (0, 1))
     expected = by_loop(W.numpy(), *rest, flags)
@@ -167,7 +174,7 @@ def test_moments_are_scores():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_names_and_signs_of_neurons_do_not_matter(task):
-    flags = made(task=task, bias=.4, leak=.6, ridge=.1)
+    flags = made(task=task, bias_scaling=.4, leak=.6, ridge=.1)
     W, _, _ = exp.networks(first(flags), flags)
     w_in, bias, u, y = exp.data(flags, (0, 1))
     values, order, signs = exp.evaluate(W, w_in, bias, u, y, flags), torch.randperm(6, generator=g()), torch.tensor(
@@ -283,7 +290,7 @@ def test_lorenz():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_seed_draws_the_same_alone_and_in_company(task):
-    flags = made(task=task, bias=.1)
+    flags = made(task=task, bias_scaling=.1)
     together, alone = exp.data(flags, (3, 9, 4)), exp.data(flags, (9,))
     assert all(torch.equal(a[1], b[0]) for a, b in zip(together, alone))
     w_in, bias, u, y = together
@@ -373,7 +380,7 @@ def test_measured_capacity_is_the_linear_one_where_inputs_are_tiny():
 
 
 def test_no_capacity_exceeds_n():
-    flags = made(n_units=5, washout=50, train=2000, test=2000, ridge=1e-8, input_scaling=.5, delays=30, bias=.3)
+    flags = made(n_units=5, washout=50, train=2000, test=2000, ridge=1e-8, input_scaling=.5, delays=30, bias_scaling=.3)
     assert exp.scored(first(flags, 20), flags, (0, 1))[0].sum(2).max() < 5 + 30 / 2000
 
 
@@ -409,7 +416,7 @@ def test_references_are_ring_chain_and_random_networks():
         exp.references(made(n_units=30, density=.2, radius=.7, genotype="circulant", raw=True, evolve_w_in=True))
     assert [len(W) for W in seen] == [1, 1, exp.DRAWS, exp.DRAWS]
     assert [(W != 0).float().mean().item() for W in seen[2:]] == pytest.approx([.2, 1], abs=.03)
-    assert [top(W) for W in (*seen[2], *seen[3])] == pytest.approx([.7] * 40, rel=1e-4)
+    assert [top(W) for W in (*seen[2], *seen[3])] == pytest.approx([.7] * 2 * exp.DRAWS, rel=1e-4)
 
 
 # ---- spectral radius ------------------------------------------------------------------------------------------------
@@ -421,6 +428,7 @@ NILPOTENT = {"zero": torch.zeros(4, 4), "chain": exp.delay_line(50, .9), "two": 
                  9, generator=g())][:, p]}
 OTHERS = {"rotation": (block(turned(.7, 2.), turned(2., .5), torch.eye(3)), 2.),
           "rotation alone": (turned(1.234), 1.), "jordan": (torch.eye(5) * .8 + torch.diag(torch.ones(4), 1), .8),
+          "far from normal": (torch.eye(50).double() / 1000 + torch.diag(torch.ones(49), 1), 1e-3),
           "ring": (exp.cycle(50, .9), .9), "minus": (-torch.eye(3), 1.), "pair": (torch.tensor([[0., 4], [1, 0]]), 2.),
           "tiny": (1e-30 * turned(1.), 1e-30), "huge": (1e30 * turned(1.), 1e30), "one": (torch.ones(7, 7), 7.)}
 
@@ -428,12 +436,12 @@ OTHERS = {"rotation": (block(turned(.7, 2.), turned(2., .5), torch.eye(3)), 2.),
 @pytest.mark.parametrize("name", OTHERS)
 def test_spectral_radii_by_hand(name):
     W, expected = OTHERS[name]
-    assert exp.spectral_radius(W).item() == pytest.approx(expected, rel=1e-4)
+    assert exp.spectral_radius(W[None].double()).item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", NILPOTENT)
 def test_a_network_without_cycles_has_radius_0_exactly(name):
-    assert exp.spectral_radius(NILPOTENT[name]).item() == 0
+    assert exp.spectral_radius(NILPOTENT[name][None]).item() == 0
     W = NILPOTENT[name][None].float()
     assert torch.equal(exp.rescaled(W, exp.spectral_radius(W), .5), W * .5)  # it has no scale of its own
 
@@ -446,9 +454,9 @@ def test_spectral_radii_are_those_of_eigvals():
             known = torch.linalg.eigvals(W.double()).abs().amax(1)
             away = found > 0  # eigvals is not exact where there are no cycles
             assert far(found[away] / known[away], 1.) < 1e-4 and (known[~away] < .05).all()
-            assert torch.equal(found, torch.stack([exp.spectral_radius(V) for V in W])) or far(found, torch.stack(
-                [exp.spectral_radius(V) for V in W])) < 1e-12
-            assert far(exp.spectral_radius(W.view(4, 5, N, N)), found.view(4, 5)) < 1e-12
+            assert far(found, torch.cat([exp.spectral_radius(V[None]) for V in W])) < 1e-12
+    lost = exp.spectral_radius(torch.stack([torch.eye(3), torch.full((3, 3), math.nan)]))
+    assert lost[0] == 1 and lost[1].isnan()
 
 
 @pytest.mark.filterwarnings("error")
@@ -517,12 +525,12 @@ def test_nan_never_wins(method):
     loss = torch.tensor([math.nan, 3, math.nan, 2, math.inf, math.nan], dtype=torch.float64)
     assert torch.equal(exp.best_of({"genes": genes, "loss": loss}), genes[3:4])
     for seed in range(20):
-        children = exp.breed(genes, loss, flags, g(seed))
+        children = bred(genes, loss, flags, g(seed))
         assert torch.equal(children[:2], genes[[3, 1]])
         if method in ("ga", "mutation"):
             assert all(torch.equal(child, genes[3]) or torch.equal(child, genes[1]) for child in children)
     lost = torch.full((6,), math.nan).double()
-    assert exp.breed(genes, lost, flags, g()).shape == genes.shape and len(exp.best_of({"genes": genes, "loss": lost})) == 1
+    assert bred(genes, lost, flags, g()).shape == genes.shape and len(exp.best_of({"genes": genes, "loss": lost})) == 1
 
 
 def test_the_best_of_some_numbers():
@@ -532,11 +540,7 @@ def test_the_best_of_some_numbers():
     assert np.array_equal(exp.best(x[0], np.array([-1., 1])), [1, nan], equal_nan=True)
 
 
-NO_VALUE = {"evolve": known("curve: nanmean of generations in which everything failed warns"),
-            "tasks": known("draw_transfer: nanmax of a table without a value warns")}
-
-
-@pytest.mark.parametrize("study", [pytest.param(s, marks=NO_VALUE.get(s, ())) for s in exp.STUDIES if s != "score"])
+@pytest.mark.parametrize("study", [s for s in exp.STUDIES if s != "score"])
 def test_a_search_in_which_everything_fails_ends(tmp_path, study, monkeypatch):
     """Without input and ridge no readout exists: marked, no warning, no verdict."""
     monkeypatch.setattr(exp, "evaluate", lambda W, w_in, bias, u, y, flags: torch.full(
@@ -594,6 +598,24 @@ def test_values_of_first_genes():
     inputs = first(made(genotype="indegree", n_units=10, inputs=4), 200) != 0
     assert (inputs.sum(2) == 4).all() and far(inputs.float().mean((0, 1)), .4) < .06
     assert not torch.equal(first(made(), 2)[0], first(made(), 2)[1])
+    assert set(first(made(method="er", evolve_w_in=True), 9)[..., -1].flatten().tolist()) == {-1., 1.}
+
+
+@pytest.mark.parametrize("task", ["memory", "lorenz"])
+def test_many_seeds_are_taken_a_few_at_a_time(monkeypatch, task):
+    """Which ones together changes nothing, with W_in of the seeds, of a network, or of both."""
+    flags, seeds = made(task=task, bias_scaling=.1), range(5, 10)
+    W = exp.networks(first(flags), flags)[0]
+    w_in, *rest = exp.data(flags, seeds)
+    mine, both = .1 * randn(3, 6).float(), .1 * randn(3, 5, 6).float()
+    whole = [exp.evaluate(W, x, *rest, flags) for x in (w_in, mine[:, None], both)]
+    real = exp.slices(flags, seeds)
+    assert [e for few in real for e in few] == [*seeds] and len(real) == 1
+    huge = exp.slices(made(task=task, n_units=500, train=100_000), range(50))
+    assert [e for few in huge for e in few] == [*range(50)] and len(huge) == (50 if task == "memory" else 1)
+    monkeypatch.setattr(exp, "slices", lambda flags, seeds: [seeds[:2], seeds[2:4], seeds[4:]])
+    for own, expected in zip((None, mine, both), whole):
+        assert far(exp.on_seeds(W, own, flags, seeds), expected) < 1e-5
 
 
 def changed(kind, edits=3, N=20, M=400, **fields):
@@ -695,14 +717,11 @@ def test_what_a_child_takes_from_its_second_parent(kind):
     if kind == "none":
         assert not taken.any()
         return
-    assert .05 < taken.float().mean(0).min() and len({str(x.tolist()) for x in taken}) > 60  # every gene, in many ways
-    if kind == "block":  # a rectangle, never empty, sometimes with the last row and column
-        assert torch.equal(taken, rows[:, :, None] & columns[:, None]) and taken.flatten(1).any(1).all()
+    assert .05 < taken.float().mean(0).min() and len({str(x.tolist()) for x in taken}) > 30  # every gene, in many ways
+    if kind == "block":  # a rectangle of half of the genes, round the edges
+        assert torch.equal(taken, rows[:, :, None] & columns[:, None]) and .4 < share < .6
         for x in (rows, columns):
-            assert ((x[:, 1:] != x[:, :-1]).sum(1) <= 2).all() and not (x[:, :1] & ~x[:, 1:2] & x[:, 2:].any(1, True)).any()
-            assert x[:, 0].any() and x[:, -1].any() and x[:, 0].float().mean().item() == pytest.approx(
-                x[:, -1].float().mean().item(), abs=.08)
-        assert .1 < share < .5
+            assert ((x != x.roll(1, 1)).sum(1) == 2).all() and len(set(x.sum(1).tolist())) == 1
     else:
         assert share.item() == pytest.approx(.5, abs=.03)
         assert torch.equal(taken, taken[:, :, :1].expand_as(taken)) == (kind == "row")
@@ -717,7 +736,7 @@ def test_parents_are_the_best_of_a_tournament_without_repetition():
 
     def share(**fields):
         flags = made(**dict(n_units=4, population=6, elites=1, edits=0, crossover="none") | fields)
-        seen = torch.stack([exp.breed(genes, loss, flags, g(s))[flags.elites:] for s in range(300)])
+        seen = torch.stack([bred(genes, loss, flags, g(s))[flags.elites:] for s in range(300)])
         ranked = ranks[seen.long() - 1]
         return torch.bincount(ranked.flatten(), minlength=6) / ranked.numel(), ranked
     assert far(share()[0], torch.tensor([10, 6, 3, 1, 0, 0]) / 20) < .06 and (share()[0][4:] == 0).all()
@@ -733,23 +752,23 @@ def test_elites_survive_and_children_come_from_where_they_should(method):
     flags = made(method=method, population=8, elites=3, n_units=10)
     genes = first(flags, 8)
     loss = torch.tensor([5., 3, 8, 1, 7, 2, 6, 4]).double()
-    new = exp.breed(genes, loss, flags, g())
-    assert new.shape == genes.shape and torch.equal(new, exp.breed(genes, loss, flags, g()))
+    new = bred(genes, loss, flags, g())
+    assert new.shape == genes.shape and torch.equal(new, bred(genes, loss, flags, g()))
     if method == "shuffled":
-        kept = torch.stack([exp.breed(genes, loss, flags, g(s))[0] for s in range(60)])
+        kept = torch.stack([bred(genes, loss, flags, g(s))[0] for s in range(60)])
         assert len({str(x.tolist()) for x in kept}) == 8  # any of them
         return
     assert torch.equal(new[:3], genes[[3, 5, 1]])
     if method in ("random", "er", "dense"):
-        assert torch.equal(new[3:], exp.first_genes(flags, 5, g())) and not torch.equal(new[3:], exp.breed(
+        assert torch.equal(new[3:], exp.first_genes(flags, 5, g())) and not torch.equal(new[3:], bred(
             genes, loss, flags, g(1))[3:])
     if method == "mutation":
         assert ((new[3:] != genes[3]).flatten(1).sum(1) <= 8).all() and not torch.equal(new[3], new[4])
-        assert (exp.breed(genes, loss, replace(flags, edits=0), g())[3:] == genes[3]).all()
+        assert (bred(genes, loss, replace(flags, edits=0), g())[3:] == genes[3]).all()
     if method == "ga":
         near = (new[3:, None] != genes[None]).any(3).sum(2).min(1).values
         assert near.max() > 1  # rows of another
-        one = exp.breed(genes[[3] * 8], loss, flags, g())
+        one = bred(genes[[3] * 8], loss, flags, g())
         assert ((one[3:] != genes[3]).flatten(1).sum(1) <= 8).all()
 
 
@@ -764,12 +783,13 @@ def counted(monkeypatch):
 
 
 def test_all_searches_see_as_many_evaluations(tmp_path, monkeypatch):
+    """Elites are counted, though on the same seeds they are not scored again."""
     seen = counted(monkeypatch)
     for method in METHODS:
         seen.clear()
         runs, arrays = searched(tmp_path / method, small(method=method, runs=2))
         fitness = [(P, S) for P, seed, S in seen if seed < 1_000_000]
-        assert fitness == [(6, 2)] * 8 and arrays["evaluations"].tolist() == [4 * 6 * 2] * 2
+        assert fitness == [(6, 2)] * 2 + [(4, 2)] * 6 and arrays["evaluations"].tolist() == [4 * 6 * 2] * 2
         assert arrays["fitness"].shape == (2, 4, 6) and [s for _, s, _ in seen if s < 9] == [0, 2] * 4
     flags = exp.Flags(study="seed-problem", task="narma10", steps=30)
     flags.given = set()
@@ -784,8 +804,8 @@ def test_all_searches_see_as_many_evaluations(tmp_path, monkeypatch):
 def test_fresh_seeds_select_in_every_generation(tmp_path, monkeypatch):
     seen = counted(monkeypatch)
     searched(tmp_path / "f", small(method="ga", runs=2) + " --fresh")
-    assert [s for _, s, _ in seen if s < 1_000_000] == [0, 8, 2, 10, 4, 12, 6, 14]
-    assert {s for _, s, _ in seen if s >= 1_000_000} == {1_000_000, 2_000_000, 2_000_002}
+    assert [(P, s) for P, s, _ in seen if s < 1_000_000] == [(6, s) for s in (0, 8, 2, 10, 4, 12, 6, 14)]  # elites, too
+    assert {s for _, s, _ in seen if s >= 1_000_000} == {2_000_000, 2_000_002}
 
 
 def test_the_same_seed_gives_the_same_curve(tmp_path):
@@ -830,7 +850,7 @@ def test_the_best_never_falls_on_the_same_seeds(tmp_path, more):
     more = more if "--method" in more else f"--method ga {more}"
     runs, arrays = searched(tmp_path / "r", f"{small(steps=8, runs=2)} {more}")
     curve = exp.best(arrays["fitness"], np.full(2, runs[0].better)) * runs[0].better
-    assert (np.diff(curve) > -1e-5).all() and (curve[:, -1] > curve[:, 0] + 1e-3).any()
+    assert (np.diff(curve) >= 0).all() and (curve[:, -1] > curve[:, 0] + 1e-3).any()
     loss = common.read_npz(tmp_path / "r" / "metrics.npz", "")["loss"].T
     assert loss == pytest.approx((8 if runs[0].better > 0 else 0) - curve)
 
@@ -871,7 +891,7 @@ def test_nothing_is_selected_on_seeds_that_judge(tmp_path, monkeypatch, method):
 def test_what_is_logged_of_a_generation(tmp_path):
     flags = flags_of(small(method="ga", runs=2, steps=3))
     runs, = common.groups_of_runs(flags)
-    final, metrics = exp.train(runs, folder(tmp_path / "a", flags))
+    final, metrics, _ = exp.train(runs, folder(tmp_path / "a", flags))
     for r, run in enumerate(runs):
         genes = final["params"]["genes"][r]
         values, _ = exp.scored(genes, run, exp.seeds_of(run, "fitness_seeds"))
@@ -928,11 +948,12 @@ def test_arrays_are_what_the_docstring_promises(ran, study):
     R, G, P, S, N = len(a["seed"]), a["fitness"].shape[1], 4, 2, 8
     shapes = dict(fitness=(R, G, P), failed=(R, G), acyclic=(R, G), held_out=(R, G), best_radius=(R, G), final=(R, S),
                   mean_density=(R, G), W=(R, N, N), W_in=(R, S, N), radius_before=(R,), evaluations=(R,), loss=(R,),
-                  reference=(4, S), floor=(S,), set_final=(S,)) | {"radius": dict(rescaled=(R,), unselected=(R,), radius_only=(R,)),
-                                     "tasks": dict(transfer=(R, 4), unselected=(R, 4))}.get(study, {})
+                  bias=(R, S, N), unselected=(R,), permuted=(R,), reference=(4, S), floor=(S,), set_final=(S,)) | {
+        "radius": dict(rescaled=(R,), radius_only=(R,)),
+        "tasks": dict(transfer=(R, 4), transfer_unselected=(R, 4))}.get(study, {})
     assert {k: a[k].shape for k in shapes} == shapes and a["set_final"].tolist() == [1_000_000, 1_000_001]
     assert len(a["set_fitness"]) == len(a["set_held_out"]) == R and set(exp.COLUMNS) <= a.keys()
-    flags = flags_of(f"--smoke --study {study} --runs 2 --bias .2 --density .4")
+    flags = flags_of(f"--smoke --study {study} --runs 2 --bias-scaling .2 --density .4")
     runs = [run for group in common.groups_of_runs(flags) for run in group]
     for r, run in enumerate(runs):
         seeds = a["set_final"].tolist()
@@ -948,31 +969,56 @@ def test_arrays_are_what_the_docstring_promises(ran, study):
         assert run.raw or top(a["W"][r]) == pytest.approx(.9, rel=1e-3) or a["radius_before"][r] == 0
         assert not run.raw or top(a["W"][r]) == pytest.approx(a["radius_before"][r], rel=1e-3)
         assert a["best_radius"][r][np.isfinite(a["best_radius"][r])][-1] == pytest.approx(a["radius_before"][r])
-        on = lambda W, task: exp.score(exp.evaluate(torch.tensor(W), *exp.data(at := replace(run, task=task), seeds), at),
-                                       at).mean(1).numpy()
-        plain_ones = exp.networks(exp.first_genes(replace(run, method="random"), exp.DRAWS, common.generator(
-            run.seed, "unselected")), run)[0].numpy()
-        if study == "radius":
-            own = top(a["W"][r]) if a["radius_before"][r] else 0.
-            assert a["unselected"][r] == pytest.approx(on(plain_ones, run.task).mean(), rel=1e-4)
-            rescaled = a["W"][r][None] * np.float32(.9 / own if own else .9)
-            assert a["rescaled"][r] == pytest.approx(on(rescaled, run.task)[0], rel=1e-2)
-            same_radius = np.stack([W * (own / top(W) if top(W) > .05 else own) for W in plain_ones]).astype(np.float32)
-            assert a["radius_only"][r] == pytest.approx(on(same_radius, run.task).mean(), rel=1e-2)
+        assert np.array_equal(a["bias"][r], bias)
+
+        def on(W, task=run.task, w_in=None):
+            at = replace(run, task=task)
+            drawn, *rest = exp.data(at, seeds)
+            values = exp.evaluate(torch.tensor(np.asarray(W)), drawn if w_in is None else torch.tensor(w_in), *rest, at)
+            return exp.score(values, at).mean(1).numpy()
+        own_W_in = a["W_in"][r] if run.evolve_w_in else None
+        any_W, any_own, _ = exp.unselected(run)
+        assert a["unselected"][r] == pytest.approx(on(any_W, w_in=None if any_own is None else any_own.numpy()[
+            :, None].repeat(2, 1)).mean(), rel=1e-4)
+        elsewhere = exp.permuted(torch.tensor(a["W"][r]), run)
+        assert a["permuted"][r] == pytest.approx(on(elsewhere, w_in=own_W_in).mean(), rel=1e-4)
+        own = top(a["W"][r]) if a["radius_before"][r] else 0.
+        at_radius = lambda W, radius: np.stack([V * np.float32(radius / top(V) if top(V) > .05 else radius) for V in W])
+        if study == "radius" and run.raw:
+            assert a["rescaled"][r] == pytest.approx(on(at_radius(a["W"][r][None], .9))[0], rel=1e-3)
+            assert a["radius_only"][r] == pytest.approx(on(at_radius(any_W.numpy(), own)).mean(), rel=1e-3)
+        elif study == "radius":
+            assert a["rescaled"][r] == pytest.approx(a["final"][r].mean()) and a["radius_only"][r] == a["unselected"][r]
         if study == "tasks":
-            assert a["transfer"][r] == pytest.approx([on(a["W"][r][None], task)[0] for task in TASKS], rel=1e-4)
-            assert a["unselected"][r] == pytest.approx([on(plain_ones, task).mean() for task in TASKS], rel=1e-4)
-            assert a["transfer"][r][TASKS.index(run.task)] == pytest.approx(a["final"][r].mean(), rel=1e-4)
+            assert a["transfer_unselected"][r] == pytest.approx([on(any_W, task).mean() for task in TASKS], rel=1e-4)
+            for j, task in enumerate(TASKS):
+                at = replace(run, task=task)
+                values = by_loop(a["W"][r][None], *exp.data(at, seeds), at)[0]
+                assert a["transfer"][r][j] == pytest.approx((values.sum(1) if j == 0 else values.mean(1)).mean(), rel=.03)
 
 
-@known("search: the column `bias` of the flags replaces the array of this name")
-def test_the_bias_of_the_champions_is_saved(ran):
-    _, a = ran("evolve")
-    flags = flags_of("--smoke --bias .2 --density .4")
-    assert a["bias"].shape == (10, 2, 8) and np.array_equal(a["bias"][0], exp.data(flags, a["set_final"].tolist())[1])
+def test_networks_that_nothing_selected():
+    """Drawn as random search draws them, not with the search's own numbers; a champion's weights at other places."""
+    flags = made(n_units=20, seed=3, density=.2)
+    for method, like in (("ga", "random"), ("er", "er")):
+        W, own, radius = exp.unselected(replace(flags, method=method))
+        genes = exp.first_genes(replace(flags, method=like), exp.DRAWS, common.generator(3, "unselected"))
+        assert torch.equal(W, exp.networks(genes, replace(flags, method=like))[0]) and own is None and len(radius) == exp.DRAWS
+    assert exp.unselected(replace(flags, evolve_w_in=True))[1].shape == (exp.DRAWS, 20)
+    W = exp.unselected(flags)[0][0]
+    other = exp.permuted(W, flags)
+    assert [top(V) for V in other] == pytest.approx([top(W)] * 4, rel=1e-4) and far(other[0], other[1]) > .01
+    for V in other:
+        scale = V.abs().max() / W.abs().max()
+        assert far(V.flatten().sort().values, scale * W.flatten().sort().values) < 1e-5 and far(V, scale * W) > .01
+    assert torch.equal(other, exp.permuted(W, flags)) and far(other, exp.permuted(W, replace(flags, seed=4))) > .01
 
 
-@known("points: a study's own configurations make --sweep say nothing, and nobody is told")
+def test_the_weights_of_a_chain_are_found_at_other_places():
+    other = exp.permuted(exp.delay_line(8, .9), made(n_units=8))
+    assert ((other != 0).sum((1, 2)) == 7).all()
+
+
 def test_sweeps_run(tmp_path):
     for i, sweep in enumerate(("n_units=6,8 density=.2,.5", "task=memory,lorenz raw=true,false",
                                "leak=.3,1 genotype=mask,indegree")):
@@ -1026,11 +1072,12 @@ def test_the_score_of_a_file_is_that_of_its_W(tmp_path, task, capsys):
              "each": ({"W": W3, "W_in": each}, each[:, None]), "seeds": ({"W": W3, "W_in": all_}, all_),
              "own": (foreign | {"set_final": np.array([0, 1])}, all_), "foreign": (foreign, None),
              "count": ({"W": W3, "W_in": r.uniform(-1, 1, (3, 4, 5))}, None),
+             "task": (foreign | {"set_final": np.array([0, 1]), "task": np.array(["lorenz"] * 3)}, None),
              "alike": (foreign | {"W_in": np.repeat(each[:, None], 4, 1)}, each[:, None])}
     for name, (arrays, w_in) in cases.items():
-        a, flags = scored_file(tmp_path, arrays, more=f"--task {task} --leak .8 --bias .1", name=name)
-        said = "its W_in belong to other seeds; here they are drawn from 0..1" in capsys.readouterr().out
-        assert said == (name in ("foreign", "count")), name
+        a, flags = scored_file(tmp_path, arrays, more=f"--task {task} --leak .8 --bias-scaling .1", name=name)
+        said = "its W_in belong to other seeds or another task; here they are drawn from 0..1" in capsys.readouterr().out
+        assert said == (name in ("foreign", "count", "task")), name
         W, (drawn, bias, u, y) = arrays["W"].reshape(-1, 5, 5), exp.data(flags, (0, 1))
         w_in = np.broadcast_to(drawn if w_in is None else w_in, (len(W), 2, 5)).copy()
         values = by_loop(W, w_in, bias, u, y, flags)
@@ -1045,10 +1092,20 @@ def test_the_score_of_a_file_is_that_of_its_W(tmp_path, task, capsys):
     assert flags.weights.endswith("alike.npz")
 
 
+def test_a_file_is_scored_as_it_was_made_or_contradicted_by_hand(tmp_path, capsys):
+    for field, value in dict(leak=.5, bias_scaling=.3, ridge=.2, washout=20, train=61, test=41).items():
+        np.savez(file := tmp_path / "x.npz", **{"W": W3, field: np.array([value] * 3)})
+        line = f"--smoke --study score --weights {file} --seeds 0..1 --figures scores --out {tmp_path / field}"
+        flag = "--" + field.replace("_", "-")
+        assert exp.main(line.split()) == 2 and f"was made with {flag} {value}: give that flag" in capsys.readouterr().err
+        assert all(exp.main([*line.split(), flag, str(x), "--force"]) == 0 for x in (value, value * 2))
+        capsys.readouterr()
+
+
 def test_what_a_search_saves_is_scored_alike(ran, tmp_path, capsys):
     """On its own final seeds to the bit; on others with their W_in."""
     out, a = ran("w-in")
-    line = f"--smoke --study score --weights {out / 'arrays.npz'} --bias .2 --figures scores --out"
+    line = f"--smoke --study score --weights {out / 'arrays.npz'} --bias-scaling .2 --figures scores --out"
     assert exp.main([*line.split(), str(tmp_path / "r")]) == 0
     b = np.load(tmp_path / "r" / "arrays.npz")
     assert np.array_equal(b["W_in"], a["W_in"]) and b["final"] == pytest.approx(a["final"], rel=1e-3)
@@ -1065,11 +1122,9 @@ BAD = {"missing": None, "text": b"W = 1", "npy": "npy", "cut": "cut"} | {name: {
         "long": np.ones(4), "many": np.ones((2, 3)), "nan": np.full(3, np.nan), "text": np.array(["a"] * 3), "0-d": np.ones(()),
         "four": np.ones((1, 1, 1, 3)), "of no seed": np.ones((1, 0, 3)), "nan by seed": np.full((1, 2, 3), np.nan),
         "text by seed": np.full((1, 2, 3), "a"), "object": np.array([{}] * 3, object)}.items()} | {"no W": {"V": ones}}
-READ = {"large": "a number above float32 warns before it is refused", "W_in of no seed": "IndexError",
-        "W_in nan by seed": "is taken, and the scores are NaN", "W_in text by seed": "ValueError"}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=known(READ[name]) if name in READ else ()) for name in BAD])
+@pytest.mark.parametrize("name", BAD)
 def test_bad_files_are_one_line(tmp_path, capsys, name):
     file, content = tmp_path / "x.npz", BAD[name]
     if isinstance(content, dict):
@@ -1089,10 +1144,9 @@ def test_bad_files_are_one_line(tmp_path, capsys, name):
 
 # ---- verdicts -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("n, t", [(3, 4.3027), (5, 2.7764), (10, 2.2622), (30, 2.0452), pytest.param(
-    2, 12.7062, marks=known("12.55: the tail above 1000 is cut off"))])
+@pytest.mark.parametrize("n, t", [(3, 4.3027), (5, 2.7764), (10, 2.2622), (30, 2.0452), (2, 12.7062)])
 def test_quantiles_of_student(n, t):
-    assert exp.student(n) == pytest.approx(t, abs=1e-2 if n == 2 else 1e-3)
+    assert exp.student(n) == pytest.approx(t, abs=1e-3)
 
 
 def test_intervals():
@@ -1133,11 +1187,12 @@ def test_measures_of_curves_by_hand():
     assert gain("final", "memory") == [0, -3] and gain("final", "lorenz") == [0, 3]  # by seed
     assert gain("extra", "memory") == [-2, -2] and gain("extra", "lorenz") == [2, 2]
     assert gain("luck", "memory") == [.5 - 5.5, .5 + 1.5] and gain("luck", "lorenz") == [.5 + 3.5, .5 - 2.5]
-    c = {"seed": np.arange(2), "task": np.array(["memory", "memory"]), "unselected": np.array([[4., .5, 1, 1], [5, .5, 1, 1]]),
-         "transfer": np.array([[5., .4, 1, 2], [4, .6, 1, 1]])}
+    c = {"seed": np.arange(2), "task": np.array(["memory", "memory"]), "transfer_unselected": np.array(
+        [[4., .5, 1, 1], [5, .5, 1, 1]]), "transfer": np.array([[5., .4, 1, 2], [4, .6, 1, 1]])}
     assert exp.relative(c, "memory", "memory") == pytest.approx([.25, -.2])
     assert exp.relative(c, "memory", "narma10") == pytest.approx([.2, -.2])
     assert exp.relative(c, "memory", "lorenz") == pytest.approx([-1, 0])
+    assert exp.wired(a | {"permuted": np.array([1., 2, 3, 4])}, method="ga").tolist() == [1.5, 3.5]
 
 
 # Of every configuration what it gains (in the better direction) over a base: final, held-out at the end, fitness at the end; of
@@ -1146,9 +1201,10 @@ BASE, SPREAD = 20., .5
 by = lambda table, *names: lambda run: dict(final=table[" ".join(str(getattr(run, n)) for n in names)])
 MADE_UP = {
     "evolve": (lambda run: by(dict(ga=16, mutation=1, random=2, er=4, dense=8), "method")(run) | (
-        dict(held_out=3, fitness=8) if run.method == "ga" else dict(held_out=9, fitness=7)),
+        dict(held_out=3, fitness=8, unselected=.5, permuted=5) if run.method == "ga" else dict(
+            held_out=9, fitness=7, unselected=6, permuted=7)),
         {"beats-random": 14, "beats-mutation": 15, "beats-er": 12, "beats-dense": 8, "beats-ring": 16, "beats-chain": 16,
-         "beats-sparse": 16, "gain-is-real": 3, "mostly-luck": 1}),
+         "beats-unselected": 15.5, "wiring-ga": 11, "wiring-random": -5, "gain-is-real": 3, "mostly-luck": 1}),
     "seed-problem": (lambda run: (n := int(run.fitness_seeds[3:]) + 1) and dict(
         final=n, held_out={1: -3, 8: -5}.get(n, 9), fitness={1: 2, 8: 4}.get(n, 9)),
         {"not-stable": 3, "luck-1": 4, "luck-8": 7, "more-seeds-less-luck": 5, "seeds-2-better": 1, "seeds-4-better": 3,
@@ -1164,9 +1220,9 @@ MADE_UP = {
         {"row-beats-none": -1, "row-beats-column": -3, "row-beats-block": -7, "row-beats-uniform": -15,
          "mixed-beats-toggle": -2, "mixed-beats-flip": -4, "mixed-beats-rewire": -6, "selection-matters": 4,
          "control-gains": 2}),
-    "radius": (lambda run: dict(zip(("final", "rescaled", "radius_only", "unselected"), {
-        "True ga": (4, 1, 2, .5), "False ga": (16, 9, 9, .25)}.get(f"{run.raw} {run.method}", (11, 7, 5, 3)))),
-        {"raw-better": -12, "radius-helps": 3, "radius-most": -.25, "topology-too": 15.75}),
+    "radius": (lambda run: dict(zip(("final", "rescaled", "radius_only", "unselected", "permuted"), {
+        "True ga": (4, 1, 2, .5, 9), "False ga": (16, 9, 9, .25, 3)}.get(f"{run.raw} {run.method}", (11, 7, 5, 3, 2)))),
+        {"raw-better": -12, "radius-helps": 3, "radius-most": -.25, "wiring-fixed": 13, "wiring-raw": -5}),
     "w-in": (by({"False redrawn ga": 1, "False redrawn random": 2, "False fixed ga": 4, "False fixed random": 8,
                  "True redrawn ga": 16, "True redrawn random": 5}, "evolve_w_in", "w_in", "method"),
              {"fixed-better": 3, "evolved-better": 12, "evolved-beats-random": 11}),
@@ -1175,7 +1231,7 @@ MADE_UP = {
                    {"continuous-better-ga": 3, "continuous-better-random": 6, "signs-matter": -15}),
     "tasks": (lambda run: dict(final=0), {f"{a}-on-{b}": (4 * i + j - 5.5) / (20 + j)
                                           for i, a in enumerate(TASKS) for j, b in enumerate(TASKS)})}
-OFFSET = {"beats-ring": -.1, "beats-chain": -.2, "beats-sparse": -.3, "not-stable": SPREAD}
+OFFSET = {"beats-ring": -.1, "beats-chain": -.2, "not-stable": SPREAD}
 
 
 def planted(study, factors, **fields):
@@ -1186,10 +1242,11 @@ def planted(study, factors, **fields):
     rows = []
     for run in runs:
         s, better, gains = factors[run.seed], exp.Flags(task=run.task).better, MADE_UP[study][0](run)
-        at = {k: BASE + better * s * v for k, v in (dict(final=0, held_out=0, fitness=0) | gains).items()}
+        gains = dict.fromkeys(("final", "held_out", "fitness", "unselected", "permuted"), 0) | gains
+        at = {k: BASE + better * s * v for k, v in gains.items()}
         if study == "tasks":
             i, j = TASKS.index(run.task), np.arange(4)
-            at |= {"unselected": 20. + j, "transfer": 20 + j + np.array([1, -1, -1, -1]) * s * (4 * i + j - 5.5)}
+            at |= {"transfer_unselected": 20. + j, "transfer": 20 + j + np.array([1, -1, -1, -1]) * s * (4 * i + j - 5.5)}
         worse = BASE - better
         at |= {"final": at["final"] + np.array([-SPREAD, SPREAD]), "held_out": np.array([BASE, 3., at["held_out"], np.nan]),
                "fitness": np.array([[worse, BASE], [4, 5], [at["fitness"], np.nan], [np.nan, np.nan]]), "loss": 1.,
@@ -1222,7 +1279,7 @@ def test_judges_say_true_false_and_open(study):
             assert float(re.match(r"[-+][\d.e+-]+", claims[k][1])[0]) == pytest.approx(v, rel=.01), k
     open_ = dict.fromkeys(expected)
     assert holds(verdicts(study, np.array([40., -41, 40, -40, 1]))) == open_ and holds(verdicts(study, r[:4])) == open_
-    assert holds(verdicts(study, r, steps=29)) == open_
+    assert holds(verdicts(study, r, steps=28)) == open_
     for fields in (dict(smoke=True), dict(n_units=49), dict(finished=False), dict(ridge=1e-7), dict(sweep=["leak=1,.5"]),
                    dict(runs=6)):
         assert holds(verdicts(study, r, **fields)) == {}
@@ -1242,9 +1299,6 @@ def test_what_is_claimed_of_every_search():
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
-
-SWEEP = known("points: a --sweep beside a study's own configurations is neither parsed nor run")
-
 
 @pytest.mark.parametrize("line, words", [
     ("--population 1", "--population 1 must be at least 2"), ("--tournament 21", "--tournament 21 of a --population of 20"),
@@ -1270,26 +1324,29 @@ SWEEP = known("points: a --sweep beside a study's own configurations is neither 
     ("--seeds 0..20000", "at most 10,000 seeds"),
     ("--seed 4611686018427387904", "all below 2^39"), ("--seeds 549755813888", "all below 2^39"),
     ("--task memry", "--task: 'memry' is not one of memory, narma10, mackey-glass, lorenz; did you mean memory?"),
-    ("--task narma", "did you mean narma10?"), pytest.param("--sweep task=memory,narma", "narma", marks=SWEEP),
+    ("--task narma", "did you mean narma10?"), ("--sweep task=memory,narma", "narma"),
     ("--genotype ternery", "did you mean ternary?"), ("--method gaa", "did you mean ga?"),
     ("--study evolv", "did you mean evolve?"),
     ("--mutation gauss", "--mutation gauss leaves the space of --genotype ternary: it has mixed, toggle, flip, rewire"),
     ("--mutation flip --genotype mask", "leaves the space"), ("--mutation toggle --genotype indegree", "leaves the space"),
     ("--mutation flip --genotype continuous", "leaves the space"),
-    pytest.param("--sweep genotype=mask,ternary mutation=flip", "leaves", marks=SWEEP),
+    ("--sweep genotype=mask,ternary mutation=flip", "leaves"),
     *((f"--genotype indegree --crossover {kind}", f"--crossover {kind} changes the number of inputs")
       for kind in ("column", "block", "uniform")),
     ("--inputs 4", "--inputs has no part in this --study evolve"), ("--sigma .1", "--sigma has no part"),
     ("--task lorenz --delays 5", "--delays has no part"), ("--horizon 5", "--horizon has no part"),
     ("--study radius --evolve-w-in", "--evolve-w-in has no part"), ("--study tasks --evolve-w-in", "--evolve-w-in has no part"),
-    ("--weights x.npz", "--weights has a part in --study score alone"), ("--study score", "needs --weights"),
+    ("--weights x.npz", "--weights is for --study score alone"), ("--study score", "needs --weights"),
     *((f"--study score --weights x.npz {flag}", f"{flag.split()[0]} has no part in this --study score") for flag in (
         "--population 5", "--n-units 5", "--genotype mask", "--method ga", "--raw", "--runs 2", "--w-in fixed", "--steps 3",
         "--evolve-w-in", "--fitness-seeds 5", "--seed 5", "--sweep leak=1,.5")),
     ("--sweep seeds=1..2,3..4", "--sweep"), ("--sweep population=5,6", "same seeds and with as many"),
-    ("--sweep steps=5,6", "--sweep"),
+    ("--sweep steps=5,6", "--sweep"), ("--sweep elites=1,2", "--sweep"), ("--sweep fresh=true,false", "--sweep"),
+    ("--evolve-w-in --w-in fixed", "W_in is a genotype or it is not"), ("--study seed-problem --fitness-seeds 0..3", "no part"),
+    *((f"--method {line}", f"{line.split()[1]} has no part in this --study evolve") for line in (
+        "random --edits 2", "er --crossover none", "mutation --tournament 2", "dense --mutation flip")),
     ("--sweep fitness_seeds=0..1,0..3", "searches are compared"), ("--sweep fitness-seeds=0..1,0..3", "searches are compared"),
-    pytest.param("--sweep tournament=2,50", "--tournament 50 of a --population", marks=SWEEP),
+    ("--sweep tournament=2,50", "--tournament 50 of a --population"),
     ("--figures champions", "--figures champions"),
     ("--lr 1", "unknown flag --lr")])
 def test_bad_flags_are_one_line(tmp_path, capsys, monkeypatch, line, words):
@@ -1301,17 +1358,19 @@ def test_bad_flags_are_one_line(tmp_path, capsys, monkeypatch, line, words):
 
 @pytest.mark.parametrize("line", [
     "--population 2 --tournament 2 --elites 1", "--genotype indegree --inputs 5 --crossover none --mutation flip",
-    pytest.param("--n-units 2", marks=known("check: --inputs, of indegree alone, is refused for every genotype")),
+    "--n-units 2",
     "--genotype continuous --sigma .1 --mutation gauss", "--task lorenz --horizon 5", "--washout 1000", "--ridge 0 --radius 0",
     "--fresh --held-out-seeds 1000..1007", "--study spaces --inputs 4", "--study continuous --sigma .5",
     "--study tasks --horizon 9", "--study tasks --delays 9", "--sweep genotype=continuous,mask --sigma .1",
     "--study operators --mutation flip", "--study score --weights x.npz --seeds 0..3 --radius .5"])
-def test_good_flags_are_taken(line):
+def test_good_flags_are_taken(line, monkeypatch):
+    monkeypatch.setattr(exp, "weights_of", lambda flags: None)
     flags = flags_of(line)
     assert flags.study and common.groups_of_runs(flags)
 
 
-def test_every_documented_command_parses():
+def test_every_documented_command_parses(monkeypatch):
+    monkeypatch.setattr(exp, "weights_of", lambda flags: None)  # of a run that is not there
     text = (ROOT / "README.md").read_text() + inspect.getdoc(exp)
     commands = re.findall(r"^\s*(?:\.venv/bin/)?python3? (exp_esn_genetic\.py.*?)(?:\s{2,}.*|\s*#.*|\s*)$", text, re.M)
     assert len(commands) >= 3 and all(common.cli(exp.Flags, shlex.split(command)[1:]) for command in commands)

@@ -7,11 +7,14 @@ script's studies on the command line. `python common.py compare RUN RUN ...` tab
 
 No model, no data law and no experiment's name is in here."""
 import argparse
+import base64
 import contextlib
 import csv
 import dataclasses
+import datetime
 import difflib
 import hashlib
+import html
 import io
 import itertools
 import json
@@ -25,6 +28,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 import typing
@@ -41,6 +45,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.distributed as dist
 from matplotlib.animation import PillowWriter
 from tqdm import tqdm
 
@@ -50,6 +55,10 @@ BLOCK_NUMBERS = 2 ** 16  # parameters, gradients, moments and constants of runs 
 
 class Stop(Exception):
     """A mistake that the user can mend: printed as one line, exit status 2."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C while runs are trained part by part: what is saved can be resumed, and nothing can be drawn yet."""
 
 
 # ---- Flags ----------------------------------------------------------------------------------------------------------
@@ -195,7 +204,8 @@ def cli(cls, argv=None):
 
 def device(flags):
     """The torch device that --device names; auto takes CUDA if there is one, else the CPU."""
-    return torch.device({"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(flags.device, flags.device))
+    kind = {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(flags.device, flags.device)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
 
 
 def study_defaults(cls, study, smoke):
@@ -338,6 +348,96 @@ def norm(tensors):
     return torch.sqrt(sum((x * x).sum() for x in tensors.values()))
 
 
+# ---- Processes: torchrun starts this program several times; every rank trains its share of the runs -----------------------
+
+LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()  # by torchrun
+
+
+def rank():
+    return int(os.environ["RANK"]) if LAUNCHED else 0
+
+
+def world():
+    return int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
+
+
+def shared(x):
+    """x of rank 0, on every rank."""
+    box = [x]
+    if world() > 1:
+        dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
+def gathered(x):
+    """The x of every rank, a list, on every rank."""
+    rows = [x] * world()
+    if world() > 1:
+        dist.all_gather_object(rows, x)
+    return rows
+
+
+class Alive(threading.Thread):
+    """Counts up in torchrun's store while this process lives, so that the others can name it when it does not."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.store = dist.PrefixStore("alive", self.client())
+        self.start()
+
+    def client(self):
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return dist.TCPStore(*address, is_master=False, timeout=datetime.timedelta(seconds=20))
+
+    def run(self):
+        for beat in itertools.count():
+            self.store.set(str(rank()), str(beat))
+            time.sleep(.5)
+
+    def dead(self):
+        """Ranks that do not count any more."""
+        try:
+            store = dist.PrefixStore("alive", self.client())
+            look = lambda: [store.get(str(r)) for r in range(world())]
+            before = look()
+            time.sleep(2)
+            return [r for r, (a, b) in enumerate(zip(before, look())) if a == b]
+        except RuntimeError:  # without torchrun's own store rank 0 keeps it
+            return [0]
+
+
+@contextlib.contextmanager
+def processes():
+    """Join the other ranks, if torchrun started this process as one of several; only rank 0 prints. What is exchanged are
+    results on the CPU, through gloo; every rank has its own GPU, where there are some."""
+    if world() < 2:
+        yield None
+        return
+    dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))  # one rank may wait long for another one's runs
+    alive = Alive()
+    gathered(None)  # everyone has begun to count
+    with contextlib.ExitStack() as quiet:
+        if rank():
+            quiet.enter_context(contextlib.redirect_stdout(quiet.enter_context(open(os.devnull, "w"))))
+        try:
+            yield alive
+        except RuntimeError as error:
+            bury(alive)
+            raise error
+        finally:
+            dist.destroy_process_group()
+
+
+def bury(alive):
+    """Name the ranks that died, if any, and end."""
+    dead = alive.dead() if alive else []
+    if dead and rank() == min(set(range(world())) - set(dead)):
+        print(f"rank {', '.join(map(str, dead))} died; the same command with --resume goes on, with any number of ranks",
+              file=sys.stderr, flush=True)
+    if dead:
+        os._exit(1)  # the others can't be reached any more
+
+
 # ---- The fused loop -------------------------------------------------------------------------------------------------
 
 def tree(f, *trees):
@@ -377,11 +477,12 @@ class Fused:
     state: nested dict of tensors [R, ...] with "params" in it; numbers: what else a step needs of its run, tensors [R, ...];
     example: data of one step [R, ...]; unroll: steps that share a compiled graph (a call costs 50 to 100 microseconds, which
     only tiny steps feel). In blocks of 128 runs or more the runs are the innermost axis, along which tiny steps vectorise.
-    plain: the step is a program of its own (it draws, loops, writes in place): one run at a time, never compiled.
+    plain: the step is a program of its own (it draws, loops, writes in place): one run at a time, never compiled. like: a
+    Fused of other runs with the same step, whose compiled step serves again.
     `compiled`, `why` and `compile_seconds` say what was decided; pass `compiled` of an earlier part of the same run to keep
     its decision."""
 
-    def __init__(self, step, state, numbers, example, flags, steps, compiled=None, unroll=1, plain=False):
+    def __init__(self, step, state, numbers, example, flags, steps, compiled=None, unroll=1, plain=False, like=None):
         self.at, self.runs, self.unroll = device(flags), len(leaves(state)[0]), unroll
         self.size = 1 if plain else block_size(flags, state["params"], numbers)
         self.axis = -1 if self.size >= 128 and self.at.type == "cpu" else 0  # where the runs of a block lie
@@ -393,7 +494,9 @@ class Fused:
         self.compile_seconds = 0.
         self.compiled, self.why = (False, "the step is a program, not a graph") if plain else \
             self.decide(flags, example, steps) if compiled is None else (compiled, "as before")
-        if self.compiled and steps:
+        if like:
+            self.step, self.compiled, self.why = like.step, like.compiled, like.why
+        elif self.compiled and steps:
             self.build(example)
         if self.compiled != compiled:  # decided here, or decided before and impossible now
             print(f"{'compiled' if self.compiled else 'eager'} ({self.why})", flush=True)
@@ -507,19 +610,97 @@ def train(runs, folder, state, numbers, step, draw, evaluate, eval_at, label="",
     constants, [R, ...]; step: the training step of one run; draw(r, chunk): the data of CHUNK steps of run r, [CHUNK, ...];
     evaluate(r, params): what is logged at the steps `eval_at`; unroll, plain: see `Fused`. Returns the final state,
     metrics (what a step logs [T, R, ...] with step [T], what is evaluated [M, R, ...] as eval_* with eval_step [M]) and
-    snapshots {step as text: params}."""
+    snapshots {step as text: params}.
+
+    Runs that do not fit into memory together, or that several processes share, are cut into parts, each trained to its end
+    in a folder of its own; a run's numbers do not depend on it."""
     flags, R = runs[0], len(runs)
-    saved = folder.resume(like=state)
+    whole = folder.resume(like=state)
+    plan = shared(folder.read_json("parts.json") if folder.has("parts.json") else None)
+    if whole and whole["step"] == flags.steps:
+        plan = dict(size=R, compiled=whole["compiled"])
+    size = plan["size"] if plan else part_size(runs, state, numbers, draw, plain)
+    parts = [range(a, min(a + size, R)) for a in range(0, R, size)]
+    print(f"{sum(p[0].numel() for p in state['params'].values()):,} parameters a run, {R} runs"
+          + f", {len(parts)} parts of {size} runs" * (len(parts) > 1))
+
+    def fuse(state, numbers, data, steps, compiled, like=None):
+        return Fused(step, state, numbers, tree(lambda x: x[0], data), flags, steps, compiled, unroll, plain, like)
+    if len(parts) == 1:
+        _, final, metrics, snapshots, booked = train_part(runs, folder, state, numbers, whole, draw, evaluate, eval_at, label,
+                                                          fuse, whole and whole["compiled"])
+        folder.book([booked], R)
+        return final, metrics, snapshots
+    cut = lambda x, part, axis=0: tree(lambda leaf: leaf.narrow(axis, part.start, len(part)), x)
+    first, found = None, {}
+    if not plan:  # rank 0 decides for all, before anything is saved
+        plan = dict(size=size, compiled=whole and whole["compiled"])
+        if rank() == 0 and not whole:
+            data = draw_all(draw, parts[0], 0)
+            first = fuse(cut(state, parts[0]), cut(numbers, parts[0]), data, flags.steps * -(-len(parts) // world()), None)
+            plan["compiled"] = first.compiled
+        if rank() == 0:
+            folder.write_json("parts.json", plan)
+        plan = shared(plan)
+    for i in range(rank(), len(parts), world()):
+        part, sub = parts[i], folder.scratch(f"part{i}", own=True)
+        begun = whole and whole | {k: cut(whole[k], part) for k in ("params", "optimiser")} | {
+            "metrics": {k: x if k == "eval_step" else cut(x, part, 1) for k, x in whole["metrics"].items()},
+            "snapshots": {k: cut(x, part) for k, x in whole["snapshots"].items()}}
+        saved = sub.resume(like=cut(state, part)) if sub.has("checkpoint.pt") else begun
+        first, *found[i] = train_part(
+            [runs[r] for r in part], sub, cut(state, part), cut(numbers, part), saved, lambda r, chunk: draw(part[r], chunk),
+            lambda r, params: evaluate(part[r], params), eval_at, f"{label}, part {i + 1} of {len(parts)}", fuse,
+            plan["compiled"], first)
+        if folder.interrupted:
+            break
+    everyone = gathered(None if folder.interrupted else found)
+    if None in everyone:
+        raise Interrupted
+    rows = [row for _, row in sorted(item for found in everyone for item in found.items())]
+    states, metrics, snapshots, booked = zip(*rows)
+    final = tree(lambda *xs: torch.cat(xs), *states)
+    metrics = {k: x if k in ("step", "eval_step") else np.concatenate([m[k] for m in metrics], 1)
+               for k, x in metrics[0].items()}
+    snapshots = {at: tree(lambda *xs: torch.cat(xs), *(s[at] for s in snapshots)) for at in snapshots[0]}
+    folder.book(booked, R)
+    folder.checkpoint(types.SimpleNamespace(state=lambda: final, compiled=plan["compiled"]), flags.steps,
+                      {k: [torch.from_numpy(v)] for k, v in metrics.items() if k != "step"}, snapshots, force=True)
+    if rank() == 0:
+        for i in range(len(parts)):
+            shutil.rmtree(folder.path / f"part{i}", ignore_errors=True)
+    return final, metrics, snapshots
+
+
+MEMORY = 2 ** 30  # bytes of data, states and logs that the runs of one part may take
+
+
+def part_size(runs, state, numbers, draw, plain):
+    """How many runs are trained together: what fits into memory, shared among the processes, in whole blocks."""
+    flags, R = runs[0], len(runs)
+    held = sum(x[0].numel() * x.element_size() for x in 4 * leaves(state)) + sum(
+        x.numel() * x.element_size() for x in leaves(draw(0, 0))) * 3
+    block = 1 if plain or device(flags).type != "cpu" else block_size(flags, state["params"], numbers)
+    size = min(MEMORY // max(held, 1), -(-R // world()))
+    return shared(min(R, max(1, -(-size // block)) * block))
+
+
+def draw_all(draw, runs, chunk):
+    """The data of all runs, [CHUNK, R, ...]."""
+    return tree(lambda *x: torch.stack(x, 1), *(draw(r, chunk) for r in runs))
+
+
+def train_part(runs, folder, state, numbers, saved, draw, evaluate, eval_at, label, fuse, compiled, fused=None):
+    """`train` of runs that are trained together, from the checkpoint `saved`. fused: made for earlier runs, or for these.
+    Returns (Fused, final state, metrics, snapshots, what to book)."""
+    flags, R = runs[0], len(runs)
     done, log, snapshots = 0, {}, {}
     if saved:
         state, done, snapshots = {"params": saved["params"], **saved["optimiser"]}, saved["step"], saved["snapshots"]
         log = {k: [v] for k, v in saved["metrics"].items()}
-    draw_all = lambda chunk: tree(lambda *x: torch.stack(x, 1), *(draw(r, chunk) for r in range(R)))  # [CHUNK, R, ...]
-    data = draw_all(done // CHUNK)
-    fused = Fused(step, state, numbers, tree(lambda x: x[0], data), flags, flags.steps - done,
-                  compiled=saved and saved["compiled"], unroll=unroll, plain=plain)
+    data = draw_all(draw, range(R), done // CHUNK)
+    fused = fuse(state, numbers, data, flags.steps - done, compiled, fused)
     eval_at, keep_at = list(eval_at), marks(flags.steps, flags.snapshots)
-    print(f"{sum(p[0].numel() for p in state['params'].values()):,} parameters a run, {R} runs")
     progress, seconds = Progress(R, done, flags.steps, f"{label}, {R} runs"), 0.
 
     def look(at):
@@ -536,7 +717,7 @@ def train(runs, folder, state, numbers, step, draw, evaluate, eval_at, label="",
     b = done
     for a, b in segments(done, flags.steps, {*eval_at, *keep_at}):
         if a % CHUNK == 0 and a > done:
-            data = draw_all(a // CHUNK)
+            data = draw_all(draw, range(R), a // CHUNK)
         clock = -time.perf_counter()
         logs = fused(tree(lambda x: x[a % CHUNK:][:b - a], data))
         seconds += clock + time.perf_counter()
@@ -551,9 +732,10 @@ def train(runs, folder, state, numbers, step, draw, evaluate, eval_at, label="",
     if b not in eval_at:  # stopped before the end: what is saved is the state of now
         eval_at.append(b)
         look(b)
-    folder.trained(runs, fused, seconds, b - done)
+    made = dict(compiled=fused.compiled, why=fused.why, seconds=round(fused.compile_seconds, 2), block=fused.size)
     metrics = {k: torch.cat(v).numpy() for k, v in log.items()}
-    return fused.state(), {"step": np.arange(1, len(metrics["loss"]) + 1), **metrics}, snapshots
+    return fused, fused.state(), {"step": np.arange(1, len(metrics["loss"]) + 1), **metrics}, snapshots, (
+        made, seconds, b - done, rank())
 
 
 # ---- Arrays with one entry a run ------------------------------------------------------------------------------------
@@ -598,8 +780,9 @@ def blanked(x, loss):
 class Folder:
     """One run folder: atomic writes, checksums, a lock, the flags it belongs to, and what the summary needs."""
 
-    def __init__(self, path, flags, parent=None):
+    def __init__(self, path, flags, parent=None, own=False):
         self.path, self.flags, self.parent = Path(path), flags, parent
+        self.mine = own or rank() == 0  # else another rank writes it
         self.rows, self.seconds, self.run_steps, self.compiled = [], 0., 0, []
         self.stop = parent.stop if parent else [False]  # shared by a folder and its groups: set by Ctrl-C
         self.saved = time.monotonic()
@@ -617,11 +800,10 @@ class Folder:
             return self
         return self.scratch(f"group{i}")
 
-    def scratch(self, name):
-        """A folder inside this one for a run that serves another; it has no row in the summary."""
-        folder = Folder(self.path / name, self.flags, parent=self)
-        folder.path.mkdir(exist_ok=True)
-        return folder
+    def scratch(self, name, own=False):
+        """A folder inside this one for a run that serves another; it has no row in the summary. own: this rank writes it."""
+        (self.path / name).mkdir(parents=True, exist_ok=True)
+        return Folder(self.path / name, self.flags, parent=self, own=own)
 
     @property
     def interrupted(self):
@@ -632,6 +814,8 @@ class Folder:
         """Write bytes under a name: first the checksum (beside the old one), then the file by rename, so that a crash
         between the two leaves a file that is still accepted."""
         self.sums[name] = self.sums.get(name, []) + [hashlib.sha256(data).hexdigest()]
+        if not self.mine:
+            return
         try:
             for target, content in (("checksums.json", json.dumps(self.sums, indent=1).encode()), (name, data)):
                 temporary = self.path / f".{target}.tmp"
@@ -677,8 +861,8 @@ class Folder:
 
     # -- checkpoints
     def checkpoint(self, fused, step, log, snapshots, force=False):
-        """Save the state of all runs, {"params", "optimiser", "step"}, and the metrics so far (log: {name: list of
-        tensors}), every --save-every seconds, when forced, and on Ctrl-C."""
+        """Save fused.state(), the state of all runs, as {"params", "optimiser", "step"}, and the metrics so far (log: {name:
+        list of tensors}), every --save-every seconds, when forced, and on Ctrl-C."""
         if not (force or self.interrupted or time.monotonic() - self.saved > self.flags.save_every):
             return
         buffer, state = io.BytesIO(), fused.state()
@@ -692,7 +876,7 @@ class Folder:
         """The checkpoint of this folder as a dict, or None where there is none (says so under --resume).
         like: a state of the expected shapes."""
         if not self.has("checkpoint.pt"):
-            if self.flags.resume:
+            if self.flags.resume and not any(self.path.rglob("checkpoint.pt")):
                 print(f"nothing to resume in {self.path}: starting afresh")
             return None
         saved = load_checkpoint(self.path / "checkpoint.pt", self.read("checkpoint.pt"))
@@ -700,12 +884,14 @@ class Folder:
             same_shapes(saved, like, self.path / "checkpoint.pt")
         return saved
 
-    def trained(self, runs, fused, seconds, steps):
-        """Book what a training loop did, for config.json and summary.json."""
-        made = dict(compiled=fused.compiled, why=fused.why, seconds=round(fused.compile_seconds, 2), block=fused.size)
+    def book(self, parts, runs):
+        """Book what training did, for config.json and summary.json. parts: (how it was compiled, seconds, steps, rank) each;
+        ranks work side by side."""
+        seconds = max(sum(s for _, s, _, by in parts if by == one) for one in {by for *_, by in parts})
+        steps = sum(n for _, _, n, _ in parts) / len(parts) * runs
         for folder in (self, self.parent) if self.parent else (self,):
-            folder.compiled.append(made)
-            folder.seconds, folder.run_steps = folder.seconds + seconds, folder.run_steps + steps * len(runs)
+            folder.compiled += [made for made, *_ in parts]
+            folder.seconds, folder.run_steps = folder.seconds + seconds, folder.run_steps + steps
 
     def result(self, runs, metrics, final, snapshots=None):
         """Save metrics.npz, snapshots.npz (step [S] and every parameter [S, R, ...]; snapshots: {step as text: params}) and one
@@ -1020,63 +1206,104 @@ def main(cls, studies, argv=None):
     """Run a script. studies: {name: (compute, judge, {figure name: draw})} with compute(flags, folder) -> arrays,
     judge(arrays, flags) -> claims, draw(arrays, flags) -> figure, or None where it can't be drawn. Returns the exit status:
     0, 2 for a mistake that the user can mend, 130 after Ctrl-C."""
-    start = time.perf_counter()
-    script = sys.modules[cls.__module__].__file__
+    script = Path(sys.modules[cls.__module__].__file__)
+    complain = lambda text: rank() == 0 and print(f"{script.name}: {text}", file=sys.stderr)
     try:
-        flags = cli(cls, argv)
-        compute, judge, figures = studies[flags.study]
-        unknown = set(flags.figures) - set(figures)
-        if unknown:
-            raise Stop(f"--figures {sorted(unknown)[0]}: the study {flags.study} draws {', '.join(figures)}")
-        torch.set_num_threads(flags.threads)
-        path = folder_path(flags)
-        with locked(path), contextlib.ExitStack() as ending:
-            folder = open_folder(path, flags, script)
-            if folder is None:
-                return 0
-            ending.enter_context(interruptible(folder))
-            if flags.plot_only:
-                arrays = folder.read_npz("arrays.npz")
-            else:
-                arrays = {k: np.asarray(v) for k, v in compute(flags, folder).items()}
-                folder.write_npz("arrays.npz", arrays)
-            flags.finished = folder.read_json("config.json")["finished"] if flags.plot_only else not folder.interrupted
-            claims = judge(arrays, flags)
-            for name, draw in figures.items():
-                figure = draw(arrays, flags) if not flags.figures or name in flags.figures else None
-                if figure is not None:
-                    save_figure(folder, name, figure)
-            if flags.plot_only:
-                folder.write_json("summary.json", folder.read_json("summary.json") | {"claims": claims})
-            else:
-                folder.finish(claims=claims, wall=time.perf_counter() - start)
-            print_claims(claims)
-            lost = sum(row["diverged"] for row in folder.rows)
-            if lost:
-                print(f"{lost} of {len(folder.rows)} runs diverged: marked in summary.csv, left out of medians")
-            print(f"{folder.path}  ({time.perf_counter() - start:.0f} s)")
-            if folder.interrupted:
-                arguments = [a for a in flags.argv if a not in ("--resume", "--force")]
-                print(f"stopped; go on with: python {Path(script).name} {shlex.join([*arguments, '--resume'])}")
-                return 130
-        return 0
+        with processes() as alive:
+            return run_study(cls, studies, argv, script, alive)
     except Stop as stop:
-        print(f"{Path(script).name}: {stop}", file=sys.stderr)
+        complain(stop)
         return 2
     except KeyboardInterrupt:
-        print(f"{Path(script).name}: stopped at once; what was saved before can be resumed", file=sys.stderr)
+        complain("stopped at once; what was saved before can be resumed")
         return 130
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError; so is the CPU's
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
             raise
-        print(f"{Path(script).name}: out of memory; lower --runs, or the sizes (such as --batch)", file=sys.stderr)
+        complain("out of memory; lower --runs, or the sizes (such as --batch)")
         return 2
 
 
+def run_study(cls, studies, argv, script, alive):
+    """One command line, from flags to figures."""
+    start = time.perf_counter()
+    flags = cli(cls, argv)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts starts the same command again
+        flags.resume, flags.force = True, False
+    compute, judge, figures = studies[flags.study]
+    unknown = set(flags.figures) - set(figures)
+    if unknown:
+        raise Stop(f"--figures {sorted(unknown)[0]}: the study {flags.study} draws {', '.join(figures)}")
+    torch.set_num_threads(flags.threads)
+    with contextlib.ExitStack() as ending:
+        folder = prepared(flags, script, ending)
+        if folder is None:
+            return 0
+        ending.enter_context(interruptible(folder, alive))
+        go_on = f"python {script.name} {shlex.join([*(a for a in flags.argv if a not in ('--resume', '--force')), '--resume'])}"
+        if flags.plot_only:
+            if rank():
+                return 0
+            arrays = folder.read_npz("arrays.npz")
+        else:
+            try:
+                arrays = {k: np.asarray(v) for k, v in compute(flags, folder).items()}
+            except Interrupted:
+                print(f"stopped; go on with: {go_on}")
+                return 130
+            except Stop as stop:
+                if rank():  # what only this rank knows
+                    print(f"rank {rank()}: {stop}", file=sys.stderr)
+                raise
+            if rank():  # rank 0 draws and judges
+                return 130 if folder.interrupted else 0
+            folder.write_npz("arrays.npz", arrays)
+        flags.finished = folder.read_json("config.json")["finished"] if flags.plot_only else not folder.interrupted
+        claims = judge(arrays, flags)
+        for name, draw in figures.items():
+            figure = draw(arrays, flags) if not flags.figures or name in flags.figures else None
+            if figure is not None:
+                save_figure(folder, name, figure)
+        if flags.plot_only:
+            folder.write_json("summary.json", folder.read_json("summary.json") | {"claims": claims})
+        else:
+            folder.finish(claims=claims, wall=time.perf_counter() - start)
+        print_claims(claims)
+        lost = sum(row["diverged"] for row in folder.rows)
+        if lost:
+            print(f"{lost} of {len(folder.rows)} runs diverged: marked in summary.csv, left out of medians")
+        print(f"{folder.path}  ({time.perf_counter() - start:.0f} s)")
+        if folder.interrupted:
+            print(f"stopped; go on with: {go_on}")
+            return 130
+    return 0
+
+
+def prepared(flags, script, ending):
+    """The run folder, locked and checked by rank 0 for all; None if there is nothing left to do."""
+    folder, trouble = None, None
+    if rank() == 0:
+        try:
+            path = folder_path(flags)
+            ending.enter_context(locked(path))
+            folder = open_folder(path, flags, script)
+        except Stop as stop:
+            trouble = stop
+    trouble, path = shared((trouble, folder and folder.path))
+    if trouble:
+        raise trouble
+    if rank() and path:
+        folder = Folder(path, flags)
+        path.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 @contextlib.contextmanager
-def interruptible(folder):
-    """Ctrl-C or SIGTERM asks the training loop to save and stop; a second Ctrl-C stops at once."""
+def interruptible(folder, alive=None):
+    """Ctrl-C or SIGTERM asks the training loop to save and stop; a second Ctrl-C stops at once. torchrun sends SIGTERM too when
+    another rank has died."""
     def ask(number, frame):
+        bury(alive)
         if folder.interrupted:
             raise KeyboardInterrupt
         folder.stop[0] = True
@@ -1146,10 +1373,94 @@ def ledger(paths):
             print("|", " | ".join(str(x).replace("|", "\\|") for x in cells), "|")
 
 
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Lab report</title>
+<style>
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 1200px; margin: 0 auto; padding: 1rem; color: #222; background: #fff }
+table { border-collapse: collapse; width: 100% } th, td { text-align: left; vertical-align: top; padding: .3rem .5rem;
+border-bottom: 1px solid #ddd; overflow-wrap: anywhere } th { border-bottom: 2px solid #222 }
+.holds, .FALSE, .open { font-weight: bold; white-space: nowrap } .holds { color: #00624a } .FALSE { color: #b03a00 }
+.open { color: #555 } small, .source { color: #555 } img { max-width: 100%; height: auto } pre { white-space: pre-wrap;
+overflow-wrap: anywhere; background: #f4f4f4; padding: .5rem } summary { cursor: pointer; padding: .3rem 0 }
+label { margin-right: 1rem }
+@media (max-width: 700px) { thead { display: none } tr, td { display: block; border: 0 } tr { border-bottom: 1px solid #999;
+padding: .4rem 0 } td { padding: .1rem 0 } td::before { content: attr(data-name) ": "; color: #555 } }
+</style></head><body>
+<h1>Lab report</h1><p>{summary}</p>
+<h2>Claims</h2>
+<p><label>verdict <select id="verdict"><option value="">all{verdicts}</select></label>
+<label>script <select id="script"><option value="">all{scripts}</select></label> <span id="count"></span></p>
+<table><thead><tr>{heads}</tr></thead><tbody id="claims">
+{claims}
+</tbody></table>
+<h2>Runs</h2>
+{runs}
+<script>
+const selects = [...document.querySelectorAll("select")], rows = [...document.querySelectorAll("#claims tr")];
+function filter() {
+  let shown = 0;
+  for (const row of rows) {
+    row.hidden = selects.some(s => s.value && row.dataset[s.id] !== s.value);
+    shown += !row.hidden;
+  }
+  document.getElementById("count").textContent = shown + " of " + rows.length + " claims";
+}
+selects.forEach(s => s.addEventListener("change", filter));
+filter();
+</script></body></html>
+"""
+
+
+def report(paths, out="runs/report.html"):
+    """One HTML file of finished runs (all under runs/ if none is named): the ledger of claims, filtered by verdict and script;
+    then each run's figures, flags, times, and the command that repeats it. Needs nothing but itself to be read."""
+    paths = [Path(p) for p in paths] or sorted(p.parent for p in Path("runs").glob("*/*/summary.json"))
+    if not paths:
+        raise Stop("no finished run under runs/: run a script first, or name run folders")
+    e, heads = lambda x: html.escape(str(x)), ("verdict", "claim", "statement", "expected", "measured", "script", "runs")
+    claims, sections, seen = [], [], []
+    for n, path in enumerate(paths):
+        folder = Folder(path, types.SimpleNamespace())
+        summary, settings = folder.read_json("summary.json"), folder.read_json("config.json")
+        script = f"exp_{summary['experiment']}.py"
+        for c in summary["claims"]:
+            verdict = VERDICTS[c["holds"]]
+            seen.append((verdict, script))
+            cells = (f'<span class="{verdict}">{verdict}</span>', f'<a href="#run{n}">{e(c["id"])}</a>',
+                     f'{e(c["statement"])}<br><small class="source">{e(c["source"])}</small>', e(c["expected"]),
+                     e(c["measured"]),
+                     e(f"{script} {summary['study']}"), len(summary["runs"]))
+            claims.append(f'<tr data-verdict="{verdict}" data-script="{e(script)}">'
+                          + "".join(f'<td data-name="{h}">{c}</td>' for h, c in zip(heads, cells)) + "</tr>")
+        images = [name for name in folder.sums if name.endswith((".png", ".gif")) and folder.has(name)]
+        figures = "\n".join(f'<figure><img loading="lazy" alt="{e(name)}" src="data:image/{name[-3:]};base64,'
+                            f'{base64.b64encode(folder.read(name)).decode()}"><figcaption>{e(name)}</figcaption></figure>'
+                            for name in images)
+        lost = sum(row["diverged"] for row in summary["runs"])
+        speed = summary["run_steps_per_second"]
+        facts = [f"{len(summary['runs'])} runs" + f", {lost} diverged" * bool(lost), f"{summary['wall_seconds']:.0f} s",
+                 f"{speed:.4g} run-steps a second" if speed else "", "" if settings["finished"] else "not finished",
+                 f"torch {settings['versions']['torch']}, {settings['device']}, {settings['threads']} thread"]
+        flags = ", ".join(f"{k}={v}" for k, v in settings["flags"].items() if k not in HOW and v not in ("", [], None))
+        sections.append(
+            f'<details id="run{n}"{" open" * (len(paths) < 8)}><summary><b>{e(path)}</b> '
+            f'{e(", ".join(filter(None, facts)))}</summary>'
+            f'<pre>python {e(script)} {e(shlex.join(settings["argv"]))}</pre><small>{e(flags)}</small>\n{figures}</details>')
+    options = lambda values: "".join(f'<option>{e(v)}' for v in sorted(set(values)))
+    parts = dict(summary=f"{len(paths)} runs, {len(claims)} claims; made {datetime.date.today()}", heads="".join(
+        f"<th>{h}</th>" for h in heads), verdicts=options(v for v, _ in seen), scripts=options(s for _, s in seen),
+        claims="\n".join(claims), runs="\n".join(sections))
+    page = re.sub(r"\{(\w+)\}", lambda m: parts.get(m[1], m[0]), PAGE)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    Path(out).write_text(page, encoding="utf-8")
+    print(f"{out}: {len(paths)} runs, {len(claims)} claims, {len(page) / 1e6:.1f} MB")
+
+
 if __name__ == "__main__":
-    commands = {"compare": compare, "claims": ledger}
-    if len(sys.argv) < 3 or sys.argv[1] not in commands:
-        sys.exit("usage: python common.py compare|claims RUN RUN ...")
+    commands = {"compare": compare, "claims": ledger, "report": report}
+    if sys.argv[1:2] != ["report"] and (len(sys.argv) < 3 or sys.argv[1] not in commands):
+        sys.exit("usage: python common.py compare|claims RUN RUN ... | report [RUN ...]")
     try:
         commands[sys.argv[1]](sys.argv[2:])
     except Stop as stop:

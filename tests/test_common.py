@@ -1,4 +1,5 @@
 """common.py: flags, runs, random streams, optimisers, the fused loop, the run folder, stopping and resuming, claims."""
+import base64
 import csv
 import dataclasses
 import errno
@@ -524,6 +525,26 @@ def test_compare_prints_the_flags_that_differ(made, capsys):
     common.compare([made / "finished", made / "sweep"])
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]}
     assert rows["steps"] == ["20", "40"] and rows["runs"] == ["2", "4"] and "loss" in rows and "batch" not in rows
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(made, done, tmp_path, monkeypatch, capsys):
+    statement = "<script>alert('a')</script> & {runs}"
+    folder = common.Folder(done, None)
+    folder.write_json("summary.json", folder.read_json("summary.json") | {"claims": [
+        common.claim(name, statement, "notes", "1", "2", holds) for name, holds in (("a", True), ("b", False), ("c", None))]})
+    folder.write("curves.png", b"picture")
+    page = tmp_path / "sub" / "report.html"
+    common.report([done, made / "sweep"], page)
+    text = page.read_text()
+    assert "2 runs, " in capsys.readouterr().out and "<script>alert" not in text and text.count("&lt;script&gt;alert") == 3
+    assert text.count("{runs}") == 3  # text that looks like a place of the page's stays text
+    for verdict in ("holds", "FALSE", "open"):
+        assert f'data-verdict="{verdict}" data-script="exp_addition.py"' in text and f"<option>{verdict}" in text
+    assert not re.search(r"(src|href)=[\"'](?!data:|#)", text) and "http" not in text
+    assert base64.b64encode(b"picture").decode() in text and "python exp_addition.py" in text
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(common.Stop, match="no finished run"):
+        common.report([])
 
 
 def test_every_row_of_the_summary_names_every_swept_field(tmp_path):

@@ -1,9 +1,9 @@
 """What every experiment needs and none owns, as plain functions, in the order in which a run meets them:
 
-flags from a dataclass; runs and their groups; random streams; pure optimisers; `Fused`, which turns the step of one run
-into the step of many; the run folder (atomic, locked, checksummed, resumable); claims; figures; and `main`, which puts a
-script's studies on the command line. `python common.py compare RUN RUN ...` tabulates how finished runs differ,
-`python common.py claims RUN ...` what they say about the notes.
+flags from a dataclass; runs and their groups; random streams; pure optimisers; processes that share the runs; `Fused`,
+which turns the step of one run into the step of many; the run folder (atomic, locked, checksummed, resumable); claims;
+figures; and `main`, which puts a script's studies on the command line. `python common.py compare RUN RUN ...` tabulates
+how finished runs differ, `claims RUN ...` what they say about the notes, `report` makes a page of both.
 
 No model, no data law and no experiment's name is in here."""
 import argparse

@@ -23,6 +23,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -141,7 +142,7 @@ class Flags(common.Flags):
         if useless & given:
             raise common.Stop(f"--{min(useless & given).replace('_', '-')} has no part in this --study {self.study}")
         if score and not self.plot_only:
-            weights_of(self)  # a bad file is refused before anything is written
+            weights_of(self, say=lambda text: None)  # a bad file is refused before anything is written
         if swept.keys() & {*SETS, "weights", "steps", "population", "elites", "fresh"}:
             raise common.Stop(f"--sweep {' '.join(self.sweep)}: searches are compared on the same seeds and with as many "
                               "evaluations; use --name and a second run")
@@ -1052,7 +1053,7 @@ def draw_transfer(arrays, flags):
 
 
 def draw_score(arrays, flags):
-    figure, axes = common.panels(1, f"{unit(flags.task)} of {flags.weights} on seeds {flags.seeds}", flags, size=(7, 4.5))
+    figure, axes = common.panels(1, f"the networks of {Path(flags.weights).name} on seeds {flags.seeds}", flags, size=(7, 4.5))
     names = np.concatenate([[f"network {m}"] * len(x) for m, x in enumerate(arrays["final"])])
     dots(axes[0], arrays["final"].ravel(), names, colours_of(in_order(names)), unit(flags.task))
     lines_of(axes[0], arrays)
@@ -1185,7 +1186,7 @@ def finite_numbers(x):
     return x.dtype.kind in "fiu" and bool((np.abs(x) < 1e30).all())
 
 
-def weights_of(flags):
+def weights_of(flags, say=print):
     """W [M, N, N] and W_in [M, S, N] or None of the file --weights. A W_in for every seed counts only where it belongs to the
     task and the seeds that are asked for; a file that names another leak, ridge, .. must be contradicted by hand."""
     name, seeds = flags.weights, np.array(seeds_of(flags, "seeds"))
@@ -1208,7 +1209,7 @@ def weights_of(flags):
     if w_in is not None and w_in.ndim == 3:
         same = np.array_equal(arrays["set_final"], seeds) if "set_final" in arrays else w_in.shape[1] == S
         if not same or set(np.unique(arrays.get("task", flags.task))) != {flags.task}:
-            print(f"{name}: its W_in belong to other seeds or another task; here they are drawn from {flags.seeds}")
+            say(f"{name}: its W_in belong to other seeds or another task; here they are drawn from {flags.seeds}")
             w_in = None
     if w_in is not None and w_in.ndim < 3:
         w_in = np.broadcast_to(w_in.reshape(-1, 1, N), (M, S, N))

@@ -1364,13 +1364,13 @@ def test_bad_flags_are_one_line(tmp_path, capsys, monkeypatch, line, words):
     "--study tasks --horizon 9", "--study tasks --delays 9", "--sweep genotype=continuous,mask --sigma .1",
     "--study operators --mutation flip", "--study score --weights x.npz --seeds 0..3 --radius .5"])
 def test_good_flags_are_taken(line, monkeypatch):
-    monkeypatch.setattr(exp, "weights_of", lambda flags: None)
+    monkeypatch.setattr(exp, "weights_of", lambda flags, say: None)
     flags = flags_of(line)
     assert flags.study and common.groups_of_runs(flags)
 
 
 def test_every_documented_command_parses(monkeypatch):
-    monkeypatch.setattr(exp, "weights_of", lambda flags: None)  # of a run that is not there
+    monkeypatch.setattr(exp, "weights_of", lambda flags, say: None)  # of a run that is not there
     text = (ROOT / "README.md").read_text() + inspect.getdoc(exp)
     commands = re.findall(r"^\s*(?:\.venv/bin/)?python3? (exp_esn_genetic\.py.*?)(?:\s{2,}.*|\s*#.*|\s*)$", text, re.M)
     assert len(commands) >= 3 and all(common.cli(exp.Flags, shlex.split(command)[1:]) for command in commands)

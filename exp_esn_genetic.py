@@ -52,7 +52,7 @@ class Flags(common.Flags):
     n_units: int = flag(50, "N, neurons", low=2)
     population: int = flag(20, "P, networks a generation", low=2)
     steps: int = flag(30, "generations", low=1)
-    elites: int = flag(2, "best networks that are kept, and scored again with the others", low=1)
+    elites: int = flag(2, "best networks that are kept (and scored again with --fresh)", low=1)
     tournament: int = flag(3, "networks of which the best becomes a parent", low=1)
     crossover: Literal["row", "column", "block", "uniform", "none"] = flag("row", "what a child may take from its second "
         "parent: rows (a neuron's incoming weights), columns, a block of both, single genes, nothing")
@@ -194,9 +194,14 @@ def noise(seeds, T, low, high):
     return low + (high - low) * torch.stack(rows)
 
 
+def delays_of(flags):
+    """The longest delay."""
+    return flags.delays or 2 * flags.n_units
+
+
 def memory(flags, seeds, T):
     """u ~ U[-.8, .8]; targets u[t-k], k = 1 .. delays."""
-    K = flags.delays or 2 * flags.n_units
+    K = delays_of(flags)
     u = noise(seeds, T + K, -.8, .8).float().double()  # what the network sees, in float32
     return u[:, K:], u.unfold(1, K + 1, 1)[..., :-1].flip(2)
 
@@ -282,7 +287,7 @@ DRAWN = "task", "n_units", "input_scaling", "bias_scaling", "washout", "train", 
 
 def slices(flags, seeds):
     """The seeds, few enough at a time for their targets to take 64 MB."""
-    K = (flags.delays or 2 * flags.n_units) if TASKS[flags.task].capacity else 1
+    K = delays_of(flags) if TASKS[flags.task].capacity else 1
     few = max(1, 2 ** 23 // ((flags.washout + flags.train + flags.test) * K))
     return [seeds[i:i + few] for i in range(0, len(seeds), few)]
 
@@ -291,6 +296,11 @@ def data(flags, seeds):
     """Of every seed: W_in [S, N], b [S, N], u [S, T] in float32, targets y [S, T, K] in float64."""
     settings = tuple((f, getattr(flags, f)) for f in DRAWN)
     return drawn(tuple(seeds), settings, flags.seed if flags.w_in == "fixed" else None)
+
+
+def drawn_weights(flags, seeds):
+    """W_in and b [S, N] of any number of seeds."""
+    return [torch.cat(x) for x in zip(*(data(flags, few)[:2] for few in slices(flags, seeds)))]
 
 
 @functools.lru_cache(16)
@@ -1065,6 +1075,7 @@ def draw_score(arrays, flags):
 NOTES, OURS = "research notes on a genetic algorithm for the topology of an ESN", "this project"
 METHODS = "ga", "mutation", "random", "er", "dense"
 
+
 def points_of(flags):
     """The configurations of a study, as dicts of fields."""
     both = [dict(method=m) for m in ("ga", "random")]
@@ -1093,7 +1104,7 @@ def champions(runs, final, metrics, known):
         winner = best_of(common.run_of(final["params"], r))
         (W, own, radius), sets = networks(winner, run), {which: seeds_of(run, which) for which in SETS}
         values, wiring = on_seeds(W, own, run, sets["seeds"])[0], permuted(W[0], run)
-        w_in, bias = (torch.cat(x) for x in zip(*(data(run, few)[:2] for few in slices(run, sets["seeds"]))))
+        w_in, bias = drawn_weights(run, sets["seeds"])
         space = run.method * run.gaussian, *(getattr(run, f) for f in SPACE)
         if space not in known:
             known[space] = final_score(*unselected(run)[:2], run).mean()
@@ -1137,15 +1148,21 @@ def compute_search(flags, folder):
     return arrays | references(runs[0])
 
 
+def champion_of(arrays, r):
+    """W [1, N, N] of the champion of run r, as `evaluate` takes it."""
+    N = arrays["n_units"][r]
+    return torch.from_numpy(arrays["W"][r, :N, :N]).float()[None]
+
+
 def compute_radius(flags, folder):
     """`compute_search`, and as means over the final seeds [R]: rescaled: the champion at --radius; radius_only: networks that
     nothing selected at the champion's radius."""
     runs, arrays = search(flags, folder)
     more = {"rescaled": [], "radius_only": []}
     for r, run in enumerate(runs):
-        W = torch.from_numpy(arrays["W"][r, :run.n_units, :run.n_units]).float()[None]
-        any_W, _, any_radius = unselected(run)
-        alone, other = rescaled(any_W, any_radius, spectral_radius(W)), rescaled(W, spectral_radius(W), run.radius)
+        W, (any_W, _, any_radius) = champion_of(arrays, r), unselected(run)
+        radius = spectral_radius(W)
+        alone, other = rescaled(any_W, any_radius, radius), rescaled(W, radius, run.radius)
         more["radius_only"].append(final_score(alone, None, run).mean().item() if run.raw else arrays["unselected"][r])
         more["rescaled"].append(final_score(other, None, run).item() if run.raw else arrays["final"][r].mean())
     return arrays | references(runs[0]) | {k: np.array(v) for k, v in more.items()}
@@ -1156,13 +1173,12 @@ def compute_tasks(flags, folder):
     transfer_unselected: of networks that nothing selected."""
     runs, arrays = search(flags, folder)
     on = lambda W, run: [final_score(W, None, replace(run, task=task)).mean().item() for task in TASKS]
-    champion = lambda r, N: torch.from_numpy(arrays["W"][r, :N, :N]).float()[None]
-    known = {}
-    for run in runs:
-        known.setdefault((run.seed, run.n_units), on(unselected(run)[0], run))
+    space = lambda run: (run.method * run.gaussian, *(getattr(run, f) for f in SPACE if f != "task"))
+    first = {space(run): run for run in runs}  # the same networks whatever task selected
+    known = {key: on(unselected(run)[0], run) for key, run in first.items()}
     return arrays | references(runs[0]) | {
-        "transfer": np.array([on(champion(r, run.n_units), run) for r, run in enumerate(runs)]),
-        "transfer_unselected": np.array([known[run.seed, run.n_units] for run in runs])}
+        "transfer": np.array([on(champion_of(arrays, r), run) for r, run in enumerate(runs)]),
+        "transfer_unselected": np.array([known[space(run)] for run in runs])}
 
 
 def compute_score(flags, folder):
@@ -1170,10 +1186,10 @@ def compute_score(flags, folder):
     spectral_radius [M]; loss [M]; what `references` names."""
     W, own = weights_of(flags)
     flags = replace(flags, n_units=W.shape[1])
-    values, radius = on_seeds(W, own, flags, seeds_of(flags, "seeds")), spectral_radius(W)
+    seeds = seeds_of(flags, "seeds")
+    values, radius = on_seeds(W, own, flags, seeds), spectral_radius(W)
     if own is None:
-        drawn = torch.cat([data(flags, few)[0] for few in slices(flags, seeds_of(flags, "seeds"))])
-        own = drawn.expand(len(W), -1, -1)
+        own = drawn_weights(flags, seeds)[0].expand(len(W), -1, -1)
     final = score(values, flags)
     loss = loss_of(final.mean(1), flags)
     ends = {"loss": loss, "final": final.mean(1), "std": final.std(1, correction=0), "spectral_radius": radius}

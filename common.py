@@ -377,12 +377,23 @@ def gathered(x):
     return rows
 
 
+TOGETHER = [True]  # whether all ranks do the same now, or each trains runs of its own
+
+
+def divided(f, xs):
+    """[f(x) for x in xs], shared among the ranks while all of them do the same."""
+    if world() == 1 or not TOGETHER[0]:
+        return [f(x) for x in xs]
+    found = gathered([f(x) for x in xs[rank()::world()]])
+    return [found[i % world()][i // world()] for i in range(len(xs))]
+
+
 class Alive(threading.Thread):
     """Counts up in torchrun's store while this process lives, so that the others can name it when it does not."""
 
     def __init__(self):
         super().__init__(daemon=True)
-        self.store = dist.PrefixStore("alive", self.client())
+        self.store, self.over = dist.PrefixStore("alive", self.client()), threading.Event()
         self.start()
 
     def client(self):
@@ -392,16 +403,23 @@ class Alive(threading.Thread):
     def run(self):
         for beat in itertools.count():
             self.store.set(str(rank()), str(beat))
-            time.sleep(.5)
+            if self.over.wait(.5):
+                break
+        self.store.set(str(rank()), "ended")
+
+    def end(self):
+        """This process is done. (A thread that is left within the store when Python ends aborts it.)"""
+        self.over.set()
+        self.join(20)
 
     def dead(self):
-        """Ranks that do not count any more."""
+        """Ranks that do not count any more, and did not end."""
         try:
             store = dist.PrefixStore("alive", self.client())
             look = lambda: [store.get(str(r)) for r in range(world())]
             before = look()
             time.sleep(2)
-            return [r for r, (a, b) in enumerate(zip(before, look())) if a == b]
+            return [r for r, (a, b) in enumerate(zip(before, look())) if a == b != b"ended"]
         except RuntimeError:  # without torchrun's own store rank 0 keeps it
             return [0]
 
@@ -425,6 +443,7 @@ def processes():
             bury(alive)
             raise error
         finally:
+            alive.end()
             dist.destroy_process_group()
 
 
@@ -642,6 +661,7 @@ def train(runs, folder, state, numbers, step, draw, evaluate, eval_at, label="",
         if rank() == 0:
             folder.write_json("parts.json", plan)
         plan = shared(plan)
+    TOGETHER[0] = False
     for i in range(rank(), len(parts), world()):
         part, sub = parts[i], folder.scratch(f"part{i}", own=True)
         begun = whole and whole | {k: cut(whole[k], part) for k in ("params", "optimiser")} | {
@@ -650,10 +670,11 @@ def train(runs, folder, state, numbers, step, draw, evaluate, eval_at, label="",
         saved = sub.resume(like=cut(state, part)) if sub.has("checkpoint.pt") else begun
         first, *found[i] = train_part(
             [runs[r] for r in part], sub, cut(state, part), cut(numbers, part), saved, lambda r, chunk: draw(part[r], chunk),
-            lambda r, params: evaluate(part[r], params), eval_at, f"{label}, part {i + 1} of {len(parts)}", fuse,
-            plan["compiled"], first)
+            lambda r, params: evaluate(part[r], params), eval_at, f"{label}, part {i + 1} of {len(parts)}",
+            fuse if i or not first else lambda *_: first, plan["compiled"], first)
         if folder.interrupted:
             break
+    TOGETHER[0] = True
     everyone = gathered(None if folder.interrupted else found)
     if None in everyone:
         raise Interrupted
@@ -726,6 +747,7 @@ def train_part(runs, folder, state, numbers, saved, draw, evaluate, eval_at, lab
         if b in eval_at or b in keep_at:
             look(b)
         progress(b, logs["loss"][-1].nanmedian().item())
+        folder.agree()
         folder.checkpoint(fused, b, log, snapshots, force=b == flags.steps)
         if folder.interrupted:
             break
@@ -784,7 +806,7 @@ class Folder:
         self.path, self.flags, self.parent = Path(path), flags, parent
         self.mine = own or rank() == 0  # else another rank writes it
         self.rows, self.seconds, self.run_steps, self.compiled = [], 0., 0, []
-        self.stop = parent.stop if parent else [False]  # shared by a folder and its groups: set by Ctrl-C
+        self.stop = parent.stop if parent else dict(asked=False, agreed=False)  # shared by a folder and its groups
         self.saved = time.monotonic()
         self.sums = {}
         if (self.path / "checksums.json").exists():
@@ -807,7 +829,12 @@ class Folder:
 
     @property
     def interrupted(self):
-        return self.stop[0]
+        """Whether Ctrl-C asked this process to stop; of several processes, whether they agreed to."""
+        return self.stop["agreed" if world() > 1 else "asked"]
+
+    def agree(self):
+        """Processes that do the same stop after the same step."""
+        self.stop["agreed"] = any(gathered(self.stop["asked"])) if TOGETHER[0] else self.stop["asked"]
 
     # -- bytes in and out
     def write(self, name, data):
@@ -826,6 +853,8 @@ class Folder:
                 os.replace(temporary, self.path / target)
             self.sums[name] = self.sums[name][-1:]
         except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise Stop(f"cannot write {self.path / name}: {error.strerror}; what was saved before is untouched") from None
 
     def read(self, name):
@@ -1304,9 +1333,9 @@ def interruptible(folder, alive=None):
     another rank has died."""
     def ask(number, frame):
         bury(alive)
-        if folder.interrupted:
+        if folder.stop["asked"]:
             raise KeyboardInterrupt
-        folder.stop[0] = True
+        folder.stop["asked"] = True
         print("\nstopping after this chunk (again: at once)", flush=True)
     try:
         old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}

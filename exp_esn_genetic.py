@@ -432,8 +432,8 @@ def evaluate(W, w_in, bias, u, y, flags):
     at, (P, N, _), S = common.device(flags), W.shape, len(u)
     together = TOGETHER // N ** 2 if at.type == "cpu" else 2 ** 28 // (S * BLOCK * (N + y.shape[2]))
     bias, u, y = bias.to(at), u.to(at), y.to(at)
-    parts = zip(W.split(max(1, together)), w_in.expand(P, S, N).split(max(1, together)))
-    return torch.cat([read_out(W.to(at), w_in.to(at), bias, u, y, flags).cpu() for W, w_in in parts])
+    parts = list(zip(W.split(max(1, together)), w_in.expand(P, S, N).split(max(1, together))))
+    return torch.cat(common.divided(lambda part: read_out(part[0].to(at), part[1].to(at), bias, u, y, flags).cpu(), parts))
 
 
 def read_out(W, w_in, bias, u, y, flags):

@@ -16,6 +16,7 @@ import torch
 
 import common
 import exp_esn_genetic as exp
+from conftest import cut
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -825,24 +826,9 @@ def test_a_repetition_alone_is_the_one_in_company(tmp_path, more):
         assert same(alone, {k: v[r:r + 1] for k, v in company.items()})
 
 
-def cut(at, tmp_path, line):
-    """Run `line` whole; then stopped at generation `at` of its first group, and resumed."""
-    assert exp.main([*line, "--out", str(tmp_path / "whole")]) == 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common.Folder, "checkpoint", lambda self, fused, step, *rest, real=common.Folder.checkpoint, **more: (
-            self.stop.__setitem__(0, self.stop[0] or step == at), real(self, fused, step, *rest, **more)))
-        assert exp.main([*line, "--out", str(tmp_path / "cut")]) == 130
-    assert len(common.read_npz(next((tmp_path / "cut").rglob("metrics.npz")), "")["loss"]) == at
-    assert exp.main([*line, "--out", str(tmp_path / "cut"), "--resume"]) == 0
-    names = [p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*.npz")]
-    for name in names:
-        assert same(*(common.read_npz(tmp_path / f / name, name) for f in ("whole", "cut"))), name
-    return names
-
-
 @pytest.mark.parametrize("more", ["--runs 2 --method ga --fresh", "--study continuous --method ga --runs 1"])
 def test_two_halves_are_a_whole(tmp_path, more):
-    cut(2, tmp_path, f"{small()} {more} --figures capacity".split())
+    assert cut(exp.main, f"{small()} {more} --figures capacity".split(), lambda step: step == 2, tmp_path) == (True, 2)
 
 
 @pytest.mark.parametrize("more", ["", "--task narma10", "--method mutation --evolve-w-in", "--method random --elites 1"])

@@ -2,6 +2,7 @@
 
 Every script is killed (SIGKILL) while it draws, steps, writes and plots, and must end with the same arrays as a run that
 nobody killed. By default one moment each; the long form: FAULTS=20 python -m pytest tests/test_faults.py (half an hour)."""
+import ctypes
 import importlib
 import itertools
 import json
@@ -20,7 +21,9 @@ import numpy as np
 import pytest
 
 import common
+from conftest import alike, arrays_of, stopped
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("FAULTS", 1))  # moments for each script
 STUDY = {"addition": "--study digit --snapshots 2", "ngram_superposition": "--study dynamics", "iteration_head": "--study base",
@@ -61,14 +64,6 @@ def child(script, line, at=None):
 
 def line_of(script, path):
     return [*STUDY[script].split(), *"--smoke --steps 6 --runs 2 --compile off --save-every 0 --out".split(), str(path)]
-
-
-def arrays_of(path):
-    """Every number that a run leaves, by file."""
-    found = {}
-    for file in sorted(path.rglob("*.npz")):
-        found |= {f"{file.relative_to(path)} {k}": v for k, v in np.load(file).items()}
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -119,19 +114,31 @@ def test_a_polite_end_saves_draws_and_says_how_to_go_on(number, tmp_path):
     assert (tmp_path / "r/checkpoint.pt").exists() and list((tmp_path / "r").glob("*.png"))
 
 
-def test_a_full_disk_keeps_what_was_there(tmp_path):
-    """A file may not grow past 20 kB: the checkpoint of the second run can't be written, that of the first stays readable."""
-    line = ["--smoke", "--compile", "off", "--save-every", "0", "--out", str(tmp_path / "r")]
-    first = subprocess.run([sys.executable, "exp_addition.py", *line], cwd=ROOT, capture_output=True, text=True)
-    assert first.returncode == 0
-    kept = {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir() if p.is_file()}
-    full = subprocess.run([sys.executable, "exp_addition.py", *line, "--plot-only"], cwd=ROOT, capture_output=True, text=True,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
+def no_long_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # bytes: the scripts fit, the checkpoint does not
+
+
+def no_privilege():
+    ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE: else root writes where nobody may
+
+
+@pytest.mark.parametrize("before, mode", [(no_long_files, 0o755), (no_privilege, 0o555)], ids=["full disk", "read-only folder"])
+def test_what_cannot_be_written_leaves_what_was_there(before, mode, tmp_path):
+    """A run is stopped, can't go on where nothing can be written, and goes on afterwards as if nothing had been."""
+    exp, path = importlib.import_module("exp_addition"), tmp_path / "r"
+    line = ["--smoke", "--d-model", "64", "--compile", "off", "--save-every", "0"]
+    assert exp.main([*line, "--out", str(tmp_path / "whole")]) == 0
+    with stopped(lambda step: step >= 10):
+        assert exp.main([*line, "--out", str(path)]) == 130
+    read = lambda: {p.name: p.read_bytes() for p in path.iterdir() if p.name not in ("checksums.json", "config.json")}
+    kept = read()
+    path.chmod(mode)
+    full = subprocess.run([sys.executable, "exp_addition.py", *line, "--resume", "--out", str(path)], cwd=ROOT,
+                          capture_output=True, text=True, preexec_fn=before)
+    path.chmod(0o755)
     assert full.returncode == 2 and full.stderr.count("\n") == 1 and "cannot write" in full.stderr, full.stderr
-    now = {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir() if p.is_file() and p.suffix != ".tmp"}
-    assert {k: v for k, v in now.items() if k not in ("checksums.json",)} == {
-        k: v for k, v in kept.items() if k not in ("checksums.json",)}
-    assert common.main and subprocess.run([sys.executable, "exp_addition.py", *line, "--plot-only"], cwd=ROOT).returncode == 0
+    assert read() == kept and common.Folder(path, None).read("checkpoint.pt") == kept["checkpoint.pt"]
+    assert exp.main([*line, "--resume", "--out", str(path)]) == 0 and alike(path, tmp_path / "whole")
 
 
 @pytest.fixture(scope="module")
@@ -216,14 +223,14 @@ def torchrun(ranks, line, *more):
 ADDITION = ["exp_addition.py", "--smoke", "--digit", "0", "--d-model", "4", "--steps", "30", "--compile", "off", "--block", "2"]
 
 
-def alike(a, b):
-    x, y = arrays_of(a), arrays_of(b)
-    return x.keys() == y.keys() and all(np.array_equal(x[k], y[k], equal_nan=x[k].dtype.kind == "f") for k in x)
+SEARCH = ["exp_esn_genetic.py", "--smoke", "--figures", "capacity", "--runs", "1"]
 
 
-@pytest.mark.parametrize("script, line", [("addition", ADDITION + ["--runs", "5"]),
-                                          ("esn_genetic", ["exp_esn_genetic.py", "--smoke", "--runs", "1"])])
-def test_two_ranks_are_one_process_bit_for_bit(script, line, tmp_path):
+@pytest.mark.parametrize("line", [
+    [*ADDITION, "--runs", "5"], [*ADDITION, "--runs", "1"], SEARCH,
+    [*SEARCH, "--method", "ga", "--n-units", "200"]],  # four networks of this size are four kernels: the ranks share them
+    ids=["5 runs", "1 run", "5 searches", "1 search"])
+def test_two_ranks_are_one_process_bit_for_bit(line, tmp_path):
     one, two = ([*line, "--out", str(tmp_path / name)] for name in ("one", "two"))
     assert subprocess.run([sys.executable, *one], cwd=ROOT, capture_output=True).returncode == 0
     said = subprocess.run(torchrun(2, two), cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 import common
 import exp_gpt2_paths as exp
+from conftest import stopped
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -87,10 +88,10 @@ def put(path, files):
     return path
 
 
-def folder(path, flags, kind=common.Folder):
+def folder(path, flags):
     flags.argv = []
     path.mkdir(parents=True, exist_ok=True)
-    return kind(path, flags)
+    return common.Folder(path, flags)
 
 
 def pack(tensors, change=lambda header: None, spaces=0, tail=b""):
@@ -818,13 +819,10 @@ def test_a_mini_draws_from_its_own_seed(tmp_path):
 
 
 def test_two_halves_are_a_whole(tmp_path):
-    class Cut(common.Folder):
-        def checkpoint(self, fused, step, *rest, **more):
-            self.stop[0] = step == 10
-            super().checkpoint(fused, step, *rest, **more)
     flags = learner(tmp_path, snapshots=3)
     whole = exp.train([flags], folder(tmp_path / "whole", flags))
-    assert len(exp.train([flags], folder(tmp_path / "cut", flags, Cut))[1]["step"]) == 10
+    with stopped(lambda step: step == 10):
+        assert len(exp.train([flags], folder(tmp_path / "cut", flags))[1]["step"]) == 10
     again = exp.train([flags], folder(tmp_path / "cut", flags))
     assert same(whole[0][0].params, again[0][0].params) and same(whole[1], again[1])
     assert whole[2].keys() == again[2].keys() and all(same(whole[2][k], again[2][k]) for k in whole[2])
@@ -838,15 +836,9 @@ def test_ctrl_c_while_the_mini_is_trained(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a"))
     assert exp.main([*line, str(tmp_path / "whole")]) == 0
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
-    checkpoint = common.Folder.checkpoint
-
-    def cut(self, fused, step, *rest, **more):
-        self.stop[0] = step == 2
-        checkpoint(self, fused, step, *rest, **more)
-    monkeypatch.setattr(common.Folder, "checkpoint", cut)
-    assert exp.main([*line, str(tmp_path / "cut")]) == 130 and not list((tmp_path / "b").rglob("mini-*"))
+    with stopped(lambda step: step == 2):
+        assert exp.main([*line, str(tmp_path / "cut")]) == 130 and not list((tmp_path / "b").rglob("mini-*"))
     assert np.load(tmp_path / "cut" / "arrays.npz")["model"] == "mini, interrupted"
-    monkeypatch.setattr(common.Folder, "checkpoint", checkpoint)
     assert exp.main([*line, str(tmp_path / "cut")]) == 2 and "--resume" in capsys.readouterr().err
     assert exp.main([*line, str(tmp_path / "cut"), "--resume"]) == 0
     kept = [sorted((p.name, p.read_bytes()) for p in next((tmp_path / c).rglob("mini-*")).iterdir()) for c in "ab"]

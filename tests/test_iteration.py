@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import common
 import exp_iteration_head as exp
+from conftest import stopped
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -436,10 +437,10 @@ def test_attention_scores_and_memories_by_hand():
 
 # ---- training -------------------------------------------------------------------------------------------------------
 
-def folder(tmp_path, flags, name="f", kind=common.Folder):
+def folder(tmp_path, flags, name="f"):
     flags.argv = []
     (tmp_path / name).mkdir(exist_ok=True)
-    return kind(tmp_path / name, flags)
+    return common.Folder(tmp_path / name, flags)
 
 
 def small(**fields):
@@ -474,13 +475,10 @@ def test_runs_are_alone_in_company_and_frozen_parts_do_not_move(tmp_path, optimi
 
 
 def test_two_halves_are_a_whole(tmp_path):
-    class Cut(common.Folder):
-        def checkpoint(self, fused, step, *rest, **more):
-            self.stop[0] = step == 60
-            super().checkpoint(fused, step, *rest, **more)
     runs = small(steps=120, evals=6, order="sorted", snapshots=3)[:2]
     whole = exp.train(runs, folder(tmp_path, runs[0], "whole"))
-    assert len(exp.train(runs, folder(tmp_path, runs[0], "cut", Cut))[1]["step"]) == 60
+    with stopped(lambda step: step == 60):
+        assert len(exp.train(runs, folder(tmp_path, runs[0], "cut"))[1]["step"]) == 60
     again = exp.train(runs, folder(tmp_path, runs[0], "cut"))
     parts = lambda state, metrics, snapshots: (state["params"], metrics, *snapshots.values())
     assert all(map(same, parts(*whole), parts(*again))) and whole[2].keys() == again[2].keys()

@@ -15,6 +15,7 @@ import torch
 
 import common
 import exp_ngram_superposition as exp
+from conftest import cut, stopped
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
@@ -367,30 +368,15 @@ def test_frozen_parts_do_not_move(tmp_path, freeze):
 
 def test_two_halves_are_a_whole(tmp_path):
     line = "--smoke --study optimum --steps 160 --evals 6 --sampled 9 --snapshots 3".split()
-    assert exp.main([*line, "--out", str(tmp_path / "whole")]) == 0
-    stopped = common.Folder.checkpoint
-    calls = []
-
-    def once(self, fused, step, *rest, **more):
-        calls.append(step)
-        self.stop[0] = self.stop[0] or len(calls) == 3
-        stopped(self, fused, step, *rest, **more)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common.Folder, "checkpoint", once)
-        assert exp.main([*line, "--out", str(tmp_path / "cut")]) == 130
-    assert max(calls) < 160 and exp.main([*line, "--out", str(tmp_path / "cut"), "--resume"]) == 0
-    for name in ("metrics.npz", "arrays.npz"):
-        a, b = (common.read_npz(tmp_path / f / name, name) for f in ("whole", "cut"))
-        assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k], equal_nan=a[k].dtype.kind == "f") for k in a)
+    same, first = cut(exp.main, line, lambda step: step > 20, tmp_path)
+    assert same and first < 160
 
 
 def test_stopped_at_once_draws_what_there_is(tmp_path, capsys):
     """Ctrl-C in the first group of a study of several: its own evaluation, no verdict on what did not run, and it resumes."""
     for study in ("dynamics", "superposition", "capacity", "scaling"):
         out = ["--study", study, "--steps", "20", "--smoke", "--out", str(tmp_path / study)]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(common.Folder, "checkpoint", lambda self, *rest, real=common.Folder.checkpoint, **more: (
-                self.stop.__setitem__(0, True), real(self, *rest, **more)))
+        with stopped(lambda step: True):
             assert exp.main(out) == 130
         rows = json.loads((tmp_path / study / "summary.json").read_text())["runs"]
         assert rows and np.isfinite(rows[0]["loss"]) and "resume" in capsys.readouterr().out

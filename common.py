@@ -2,12 +2,13 @@
 
 flags from a dataclass; runs and their groups; random streams; pure optimisers; processes that share the runs; `Fused`,
 which turns the step of one run into the step of many; the run folder (atomic, locked, checksummed, resumable); claims;
-figures; and `main`, which puts a script's studies on the command line. `python common.py compare RUN RUN ...` tabulates
-how finished runs differ, `claims RUN ...` what they say about the notes, `report` makes a page of both.
+figures; and `main`, which puts a script's studies on the command line. `python common.py compare RUN RUN ...` tabulates and
+draws how finished runs differ, `claims RUN ...` lists what they say about the notes, `report` makes a page of both.
 
 No model, no data law and no experiment's name is in here."""
 import argparse
 import base64
+import collections
 import contextlib
 import csv
 import dataclasses
@@ -1367,17 +1368,48 @@ def save_figure(folder, name, figure):
     folder.write(f"{name}.{suffix}", buffer.getvalue())
 
 
-def compare(paths):
-    """Print what differs between run folders: flags, then medians of the final metrics."""
+# ---- Finished runs: compared, listed, reported ----------------------------------------------------------------------
+
+def finished(path):
+    """Folder, config.json and summary.json of a run."""
+    folder = Folder(path, types.SimpleNamespace())
+    settings, summary = folder.read_json("config.json"), folder.read_json("summary.json")
+    if not {"flags", "argv", "versions"} <= set(settings) or not {"experiment", "study", "runs", "claims"} <= set(summary):
+        raise Stop(f"{path} holds no run of this project")
+    return folder, settings, summary
+
+
+def histories(path, metric):
+    """(configuration as text, steps [T], values [T, n]) of one metric for every configuration in a run folder."""
+    rows, found = finished(path)[2]["runs"], []
+    groups = sorted((p for p in Path(path).glob("group*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
+    for place in groups or [Path(path)]:
+        folder = Folder(place, types.SimpleNamespace())
+        if folder.has("metrics.npz"):  # else Ctrl-C came before
+            metrics = folder.read_npz("metrics.npz")
+            at = "eval_step" if metric.startswith("eval_") else "step"
+            curves = [k for k, v in metrics.items() if v.ndim == 2 and ("eval_step" if k[:5] == "eval_" else "step") in metrics]
+            if metric not in curves:
+                raise Stop(f"{place} has no curve {metric}" + f"; it has {', '.join(curves)}" * bool(curves))
+            found.append((metrics[at], metrics[metric]))
+    if sum(y.shape[1] for _, y in found) != len(rows):
+        raise Stop(f"{path} has not one curve {metric} for each of its {len(rows)} runs")
+    named = [", ".join(f"{k}={row[k]}" for k in list(row)[1:list(row).index("diverged")]) for row in rows]
+    for x, y in found:
+        mine, named = np.array(named[:y.shape[1]]), named[y.shape[1]:]
+        yield from ((name, x, y[:, mine == name]) for name in dict.fromkeys(mine))
+
+
+def compare(paths, metric="loss", out="runs/compare.png"):
+    """Print what differs between runs: flags, then medians of the final metrics; draw one metric of all over steps."""
     tables = []
     for path in paths:
-        folder = Folder(path, types.SimpleNamespace())
-        settings, summary = folder.read_json("config.json"), folder.read_json("summary.json")
+        _, settings, summary = finished(path)
         metrics = {}
         for row in summary["runs"]:
-            for k, v in row.items():
-                if isinstance(v, (int, float)) and not isinstance(v, bool) and k != "seed" and not row["diverged"]:
-                    metrics.setdefault(k, []).append(v)
+            for k in list(row)[list(row).index("diverged") + 1:]:
+                if row[k] is not None and not row["diverged"]:
+                    metrics.setdefault(k, []).append(row[k])
         tables.append(({k: str(v) for k, v in settings["flags"].items() if k not in HOW},
                        {k: f"{np.median(v):.4g}" for k, v in metrics.items()}
                        | {c["id"]: VERDICTS[c["holds"]] for c in summary["claims"]}
@@ -1391,107 +1423,173 @@ def compare(paths):
     widths = [max(len(r[1][i]) for r in rows) for i in range(len(paths))]
     for key, cells in rows:
         print(f"{key:32}", *(c.rjust(w) for c, w in zip(cells, widths)), sep="  ")
+    try:
+        curves = [(f"{Path(p).name}  {name}".strip(), x, y) for p in paths for name, x, y in histories(p, metric)]
+    except Stop as stop:
+        print(f"no figure: {stop}")
+        return
+    figure, ax = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    colours = COLOURS if len(curves) <= len(COLOURS) else plt.cm.turbo(np.linspace(.05, .95, len(curves)))
+    for colour, (label, x, y) in zip(colours, curves):
+        band(ax, x, smooth(y, max(1, len(x) // 100)), label, colour)
+    drawn = np.concatenate([y[np.isfinite(y)] for _, _, y in curves])
+    ax.set(xlabel="step", ylabel=metric, yscale="log" if len(drawn) and 0 < 30 * drawn.min() < drawn.max() else "linear")
+    ax.set_title("running means over 1 % of the logged steps; median and quartiles over runs", fontsize=9)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=7)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    with open(out, "wb") as f:
+        figure.savefig(f, format="png", dpi=130)
+    plt.close(figure)
+    print(out)
 
 
 def ledger(paths):
-    """Print the claims of finished runs as a markdown table."""
-    print("| claim | statement | expected | measured | verdict |\n| --- | --- | --- | --- | --- |")
+    """Print the claims of finished runs as a markdown table, with a heading for each run where there are several."""
     for path in paths:
-        for c in Folder(path, types.SimpleNamespace()).read_json("summary.json")["claims"]:
+        _, _, summary = finished(path)
+        if len(paths) > 1:
+            runs = f"{len(summary['runs'])} runs"
+            print(f"\n### {summary['experiment']}, {summary['study']}: {runs}; {tally(summary['claims'])}\n")
+        print("| claim | statement | expected | measured | verdict |\n| --- | --- | --- | --- | --- |")
+        for c in summary["claims"]:
             cells = c["id"], c["statement"], c["expected"], c["measured"], VERDICTS[c["holds"]]
             print("|", " | ".join(str(x).replace("|", "\\|") for x in cells), "|")
 
 
+def tally(claims):
+    """How many claims hold, are false, are open."""
+    count = [sum(c["holds"] is verdict for c in claims) for verdict in VERDICTS]
+    return "{} hold, {} false, {} open".format(*count)
+
+
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Lab report</title>
+<title>Lab report</title><link rel="icon" href="data:,">
 <style>
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 1200px; margin: 0 auto; padding: 1rem; color: #222; background: #fff }
-table { border-collapse: collapse; width: 100% } th, td { text-align: left; vertical-align: top; padding: .3rem .5rem;
-border-bottom: 1px solid #ddd; overflow-wrap: anywhere } th { border-bottom: 2px solid #222 }
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 1200px; margin: 0 auto; padding: 1rem; color: #222; background: #fff;
+overflow-wrap: anywhere } table { border-collapse: collapse; width: 100%; table-layout: fixed }
+th, td { text-align: left; vertical-align: top; padding: .3rem .5rem; border-bottom: 1px solid #ddd }
+th { border-bottom: 2px solid #222 } th:nth-child(1) { width: 4rem } th:nth-child(3) { width: 30% }
+th:nth-child(7) { width: 3rem }
 .holds, .FALSE, .open { font-weight: bold; white-space: nowrap } .holds { color: #00624a } .FALSE { color: #b03a00 }
-.open { color: #555 } small, .source { color: #555 } img { max-width: 100%; height: auto } pre { white-space: pre-wrap;
-overflow-wrap: anywhere; background: #f4f4f4; padding: .5rem } summary { cursor: pointer; padding: .3rem 0 }
-label { margin-right: 1rem }
-@media (max-width: 700px) { thead { display: none } tr, td { display: block; border: 0 } tr { border-bottom: 1px solid #999;
-padding: .4rem 0 } td { padding: .1rem 0 } td::before { content: attr(data-name) ": "; color: #555 } }
+.open { color: #555 } small { color: #555 } figure { margin: 1rem 0 } img { max-width: 100%; height: auto }
+pre { white-space: pre-wrap; background: #f4f4f4; padding: .5rem; margin: .5rem 0 }
+summary { cursor: pointer; padding: .3rem 0 } label { margin-right: 1rem } select, input { font: inherit; max-width: 100% }
+@media (max-width: 700px) { thead { display: none } tr:not([hidden]), td { display: block; border: 0 }
+tr { border-bottom: 1px solid #999 !important; padding: .4rem 0 } td { padding: .1rem 0 }
+td::before { content: attr(data-name) ": "; color: #555 } }
 </style></head><body>
-<h1>Lab report</h1><p>{summary}</p>
+<h1>Lab report</h1><p>{summary}</p>{left_out}
 <h2>Claims</h2>
-<p><label>verdict <select id="verdict"><option value="">all{verdicts}</select></label>
-<label>script <select id="script"><option value="">all{scripts}</select></label> <span id="count"></span></p>
+<p><label>verdict <select id="verdict"><option value="">all</option>{verdicts}</select></label>
+<label>script <select id="script"><option value="">all</option>{scripts}</select></label>
+<label>words <input id="words" type="search"></label> <span id="count"></span></p>
 <table><thead><tr>{heads}</tr></thead><tbody id="claims">
 {claims}
 </tbody></table>
 <h2>Runs</h2>
 {runs}
 <script>
-const selects = [...document.querySelectorAll("select")], rows = [...document.querySelectorAll("#claims tr")];
+const at = id => document.getElementById(id), rows = [...document.querySelectorAll("#claims tr")];
 function filter() {
-  let shown = 0;
+  const words = at("words").value.toLowerCase().split(" ");
   for (const row of rows) {
-    row.hidden = selects.some(s => s.value && row.dataset[s.id] !== s.value);
-    shown += !row.hidden;
+    const fits = ["verdict", "script"].every(id => !at(id).value || row.dataset[id] === at(id).value);
+    row.hidden = !fits || !words.every(word => row.textContent.toLowerCase().includes(word));
   }
-  document.getElementById("count").textContent = shown + " of " + rows.length + " claims";
+  at("count").textContent = rows.filter(row => !row.hidden).length + " of " + rows.length + " claims";
 }
-selects.forEach(s => s.addEventListener("change", filter));
+function unfold() {  // the run that a claim's link leads to
+  const run = at(location.hash.slice(1));
+  if (run) { run.open = true; run.scrollIntoView(); }
+}
+["verdict", "script", "words"].forEach(id => at(id).addEventListener("input", filter));
+addEventListener("hashchange", unfold);
 filter();
+unfold();
 </script></body></html>
 """
 
 
 def report(paths, out="runs/report.html"):
-    """One HTML file of finished runs (all under runs/ if none is named): the ledger of claims, filtered by verdict and script;
-    then each run's figures, flags, times, and the command that repeats it. Needs nothing but itself to be read."""
-    paths = [Path(p) for p in paths] or sorted(p.parent for p in Path("runs").glob("*/*/summary.json"))
-    if not paths:
-        raise Stop("no finished run under runs/: run a script first, or name run folders")
+    """One HTML file of finished runs (all under runs/ if none is named): the ledger of claims, filtered by verdict, script and
+    words; then each run's figures, flags, times, and the command that repeats it. Needs nothing but itself to be read."""
     e, heads = lambda x: html.escape(str(x)), ("verdict", "claim", "statement", "expected", "measured", "script", "runs")
-    claims, sections, seen = [], [], []
-    for n, path in enumerate(paths):
-        folder = Folder(path, types.SimpleNamespace())
-        summary, settings = folder.read_json("summary.json"), folder.read_json("config.json")
-        script = f"exp_{summary['experiment']}.py"
+    claims, rows, sections, left_out = [], [], [], []
+    found = [Path(p) for p in paths] or sorted(p.parent for p in Path("runs").glob("*/*/summary.json"))
+    for n, path in enumerate(found):
+        try:
+            folder, settings, summary = finished(path)
+            names = [name for name in folder.sums if name.endswith((".png", ".gif")) and folder.has(name)]
+            figures = [(name, base64.b64encode(folder.read(name)).decode()) for name in names]
+        except Stop as stop:
+            if paths:
+                raise
+            left_out.append(f"<p>left out: {e(stop)}</p>")
+            print(f"left out: {stop}")
+            continue
+        script, runs = f"exp_{summary['experiment']}.py", summary["runs"]
         for c in summary["claims"]:
             verdict = VERDICTS[c["holds"]]
-            seen.append((verdict, script))
             cells = (f'<span class="{verdict}">{verdict}</span>', f'<a href="#run{n}">{e(c["id"])}</a>',
-                     f'{e(c["statement"])}<br><small class="source">{e(c["source"])}</small>', e(c["expected"]),
-                     e(c["measured"]),
-                     e(f"{script} {summary['study']}"), len(summary["runs"]))
-            claims.append(f'<tr data-verdict="{verdict}" data-script="{e(script)}">'
-                          + "".join(f'<td data-name="{h}">{c}</td>' for h, c in zip(heads, cells)) + "</tr>")
-        images = [name for name in folder.sums if name.endswith((".png", ".gif")) and folder.has(name)]
-        figures = "\n".join(f'<figure><img loading="lazy" alt="{e(name)}" src="data:image/{name[-3:]};base64,'
-                            f'{base64.b64encode(folder.read(name)).decode()}"><figcaption>{e(name)}</figcaption></figure>'
-                            for name in images)
-        lost = sum(row["diverged"] for row in summary["runs"])
-        speed = summary["run_steps_per_second"]
-        facts = [f"{len(summary['runs'])} runs" + f", {lost} diverged" * bool(lost), f"{summary['wall_seconds']:.0f} s",
+                     f'{e(c["statement"])}<br><small>{e(c["source"])}</small>', e(c["expected"]), e(c["measured"]),
+                     e(f"{script} {summary['study']}"), len(runs))
+            rows.append(f'<tr data-verdict="{verdict}" data-script="{e(script)}">' + "".join(
+                f'<td data-name="{h}">{cell}</td>' for h, cell in zip(heads, cells)) + "</tr>")
+            claims.append(c | {"verdict": verdict, "script": script})
+        lost, speed = sum(row["diverged"] for row in runs), summary["run_steps_per_second"]
+        facts = [f"{len(runs)} runs" + f", {lost} diverged" * bool(lost), f"{summary['wall_seconds']:.0f} s",
                  f"{speed:.4g} run-steps a second" if speed else "", "" if settings["finished"] else "not finished",
-                 f"torch {settings['versions']['torch']}, {settings['device']}, {settings['threads']} thread"]
+                 f"torch {settings['versions']['torch']}, {settings['device']}, {settings['threads']} thread", tally(
+                     summary["claims"])]
         flags = ", ".join(f"{k}={v}" for k, v in settings["flags"].items() if k not in HOW and v not in ("", [], None))
         sections.append(
-            f'<details id="run{n}"{" open" * (len(paths) < 8)}><summary><b>{e(path)}</b> '
-            f'{e(", ".join(filter(None, facts)))}</summary>'
-            f'<pre>python {e(script)} {e(shlex.join(settings["argv"]))}</pre><small>{e(flags)}</small>\n{figures}</details>')
-    options = lambda values: "".join(f'<option>{e(v)}' for v in sorted(set(values)))
-    parts = dict(summary=f"{len(paths)} runs, {len(claims)} claims; made {datetime.date.today()}", heads="".join(
-        f"<th>{h}</th>" for h in heads), verdicts=options(v for v, _ in seen), scripts=options(s for _, s in seen),
-        claims="\n".join(claims), runs="\n".join(sections))
+            f'<details id="run{n}"{" open" * (len(found) < 8)}><summary><b>{e(path)}</b> {e("; ".join(filter(None, facts)))}'
+            f'</summary><pre>python {e(script)} {e(shlex.join(settings["argv"]))}</pre><small>{e(flags)}</small>' + "".join(
+                f'<figure><img loading="lazy" alt="{e(name)}" src="data:image/{name[-3:]};base64,{data}">'
+                f'<figcaption>{e(name)}</figcaption></figure>\n' for name, data in figures) + "</details>")
+    if not sections:
+        raise Stop("no finished run under runs/: run a script first, or name run folders")
+    options = lambda key: "".join(f'<option value="{e(v)}">{e(v)} ({n})</option>' for v, n in sorted(
+        collections.Counter(c[key] for c in claims).items()))
+    said = f"{len(sections)} runs, {len(claims)} claims: {tally(claims)}"
+    parts = dict(summary=f"{said}. Made {datetime.date.today()}.", left_out="".join(left_out), runs="\n".join(sections),
+                 heads="".join(f"<th>{h}</th>" for h in heads), verdicts=options("verdict"), scripts=options("script"),
+                 claims="\n".join(rows))
     page = re.sub(r"\{(\w+)\}", lambda m: parts.get(m[1], m[0]), PAGE)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     Path(out).write_text(page, encoding="utf-8")
-    print(f"{out}: {len(paths)} runs, {len(claims)} claims, {len(page) / 1e6:.1f} MB")
+    print(f"{out}: {said}, {len(page) / 1e6:.1f} MB")
+
+
+def tools(argv):
+    """`python common.py compare|claims|report`."""
+    parser = argparse.ArgumentParser(prog="python common.py", description="What finished runs say.")
+    parser.error = refuse
+    commands = parser.add_subparsers(dest="command", required=True)
+    for function, name, count, out in ((compare, "compare", "+", "runs/compare.png"), (ledger, "claims", "+", None),
+                                       (report, "report", "*", "runs/report.html")):
+        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        command.error = refuse
+        command.set_defaults(function=function)
+        command.add_argument("paths", nargs=count, metavar="RUN", help="run folder")
+        if out:
+            command.add_argument("--out", default=out, help=f"file to write [{out}]")
+        if name == "compare":
+            command.add_argument("--metric", default="loss", help="what is drawn [loss]")
+    try:
+        given = vars(parser.parse_args(argv))
+        del given["command"]
+        given.pop("function")(**given)
+    except Stop as stop:
+        print(f"common.py: {stop}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"common.py: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    commands = {"compare": compare, "claims": ledger, "report": report}
-    if sys.argv[1:2] != ["report"] and (len(sys.argv) < 3 or sys.argv[1] not in commands):
-        sys.exit("usage: python common.py compare|claims RUN RUN ... | report [RUN ...]")
-    try:
-        commands[sys.argv[1]](sys.argv[2:])
-    except Stop as stop:
-        print(f"common.py: {stop}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(tools(sys.argv[1:]))

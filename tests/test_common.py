@@ -521,10 +521,32 @@ def test_verdicts():
     assert [common.claim(*"abcde", holds)["holds"] for holds in (np.float64(1) > 0, np.False_, None)] == [True, False, None]
 
 
-def test_compare_prints_the_flags_that_differ(made, capsys):
-    common.compare([made / "finished", made / "sweep"])
-    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]}
+def test_compare_prints_the_flags_that_differ_and_draws_a_metric(made, tmp_path, monkeypatch, capsys):
+    drawn, band = [], common.band
+    monkeypatch.setattr(common, "band", lambda ax, x, y, *rest: (drawn.append((*rest, y.shape)), band(ax, x, y, *rest)))
+    paths, picture = [str(made / "finished"), str(made / "sweep")], tmp_path / "new" / "c.png"
+    assert common.tools(["compare", *paths, "--out", str(picture)]) == 0
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:-1]}
     assert rows["steps"] == ["20", "40"] and rows["runs"] == ["2", "4"] and "loss" in rows and "batch" not in rows
+    labels = [label for label, *_ in drawn]
+    assert len(set(labels)) == len(labels) and all(any(v in x for x in labels) for v in ("finished", "d_model=4", "d_model=8"))
+    assert sum(shape[1] for *_, shape in drawn) == 6 and picture.read_bytes() == b"picture"
+    assert common.tools(["compare", *paths, "--metric", "lss", "--out", str(tmp_path / "no.png")]) == 0
+    assert "has no curve lss; it has loss" in capsys.readouterr().out and not (tmp_path / "no.png").exists()
+
+
+def test_a_curve_is_that_of_its_configuration(made):
+    rows = json.loads((made / "sweep" / "summary.json").read_text())["runs"]
+    found = list(common.histories(made / "sweep", "eval_loss"))
+    ends = {f"d_model={row['d_model']}": row["loss"] for row in rows}
+    assert sorted(name for name, *_ in found) == sorted(ends)
+    for name, steps, y in found:
+        assert steps[0] == 0 and ends[name] in y[-1]
+
+
+@pytest.mark.parametrize("line", ["", "compare", "claims", "claims /nope", "report /nope", "reprot", "compare --lrr 1 a"])
+def test_tools_that_are_asked_badly(line, capsys):
+    assert common.tools(line.split()) == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_the_report_is_one_page_that_needs_nothing_else(made, done, tmp_path, monkeypatch, capsys):
@@ -539,7 +561,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(made, done, tmp_path, mo
     assert "2 runs, " in capsys.readouterr().out and "<script>alert" not in text and text.count("&lt;script&gt;alert") == 3
     assert text.count("{runs}") == 3  # text that looks like a place of the page's stays text
     for verdict in ("holds", "FALSE", "open"):
-        assert f'data-verdict="{verdict}" data-script="exp_addition.py"' in text and f"<option>{verdict}" in text
+        assert f'data-verdict="{verdict}" data-script="exp_addition.py"' in text and f'<option value="{verdict}">' in text
     assert not re.search(r"(src|href)=[\"'](?!data:|#)", text) and "http" not in text
     assert base64.b64encode(b"picture").decode() in text and "python exp_addition.py" in text
     monkeypatch.chdir(tmp_path)

@@ -1471,7 +1471,7 @@ body { font: 15px/1.45 system-ui, sans-serif; max-width: 1200px; margin: 0 auto;
 overflow-wrap: anywhere } table { border-collapse: collapse; width: 100%; table-layout: fixed }
 th, td { text-align: left; vertical-align: top; padding: .3rem .5rem; border-bottom: 1px solid #ddd }
 th { border-bottom: 2px solid #222 } th:nth-child(1) { width: 4rem } th:nth-child(3) { width: 30% }
-th:nth-child(7) { width: 3rem }
+th:nth-child(5) { width: 24% } th:nth-child(7) { width: 3rem }
 .holds, .FALSE, .open { font-weight: bold; white-space: nowrap } .holds { color: #00624a } .FALSE { color: #b03a00 }
 .open { color: #555 } small { color: #555 } figure { margin: 1rem 0 } img { max-width: 100%; height: auto }
 pre { white-space: pre-wrap; background: #f4f4f4; padding: .5rem; margin: .5rem 0 }

@@ -532,7 +532,7 @@ def test_compare_prints_the_flags_that_differ_and_draws_a_metric(made, tmp_path,
     assert len(set(labels)) == len(labels) and all(any(v in x for x in labels) for v in ("finished", "d_model=4", "d_model=8"))
     assert sum(shape[1] for *_, shape in drawn) == 6 and picture.read_bytes() == b"picture"
     assert common.tools(["compare", *paths, "--metric", "lss", "--out", str(tmp_path / "no.png")]) == 0
-    assert "has no curve lss; it has loss" in capsys.readouterr().out and not (tmp_path / "no.png").exists()
+    assert "has no curve lss; it has eval_loss, " in capsys.readouterr().out and not (tmp_path / "no.png").exists()
 
 
 def test_a_curve_is_that_of_its_configuration(made):

@@ -1161,6 +1161,7 @@ def spread(values, digits=3):
 
 
 VERDICTS = {True: "holds", False: "FALSE", None: "open"}
+CLAIM = {"id", "statement", "source", "expected", "measured", "holds"}
 
 
 def print_claims(claims):
@@ -1374,8 +1375,13 @@ def finished(path):
     """Folder, config.json and summary.json of a run."""
     folder = Folder(path, types.SimpleNamespace())
     settings, summary = folder.read_json("config.json"), folder.read_json("summary.json")
-    if not {"flags", "argv", "versions"} <= set(settings) or not {"experiment", "study", "runs", "claims"} <= set(summary):
-        raise Stop(f"{path} holds no run of this project")
+    try:  # a stranger's folder has checksums, too
+        dict(settings["flags"]), " ".join(settings["argv"]), dict(settings["versions"])["torch"], settings["finished"]
+        f"{summary['wall_seconds']:f} {summary['run_steps_per_second'] or 0:f}", summary["experiment"], summary["study"]
+        assert all(list(row)[:1] == ["seed"] and "diverged" in row for row in summary["runs"])
+        assert all(c["holds"] in VERDICTS and c.keys() >= CLAIM for c in summary["claims"])
+    except (KeyError, TypeError, ValueError, AttributeError, AssertionError):
+        raise Stop(f"{path} holds no run of this project") from None
     return folder, settings, summary
 
 

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import errno
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -567,6 +568,23 @@ def test_the_report_is_one_page_that_needs_nothing_else(made, done, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     with pytest.raises(common.Stop, match="no finished run"):
         common.report([])
+    shutil.copytree(made / "finished", tmp_path / "runs" / "a" / "b")
+    shutil.copytree(done, tmp_path / "runs" / "a" / "c")
+    (tmp_path / "runs" / "a" / "c" / "curves.png").write_bytes(b"other")
+    common.report([])  # one of two is damaged
+    assert "left out: " in capsys.readouterr().out and "left out: runs/a/c/curves.png is damaged" in Path(
+        "runs/report.html").read_text()
+
+
+@pytest.mark.parametrize("change", [dict(claims=[{}]), dict(claims=3), dict(runs=[[]]), dict(runs=[{}]), dict(wall_seconds="x"),
+                                    dict(claims=[dict.fromkeys(("id", "statement", "source", "expected", "measured"), "") | {
+                                        "holds": []}])])
+def test_tools_refuse_a_strangers_summary(done, change, tmp_path, capsys):
+    folder = common.Folder(done, None)
+    folder.write_json("summary.json", folder.read_json("summary.json") | change)
+    for tool in ("compare", "claims", "report"):
+        out = ["--out", str(tmp_path / "x")] if tool != "claims" else []
+        assert common.tools([tool, str(done), *out]) == 2 and "no run of this project" in capsys.readouterr().err
 
 
 def test_every_row_of_the_summary_names_every_swept_field(tmp_path):
@@ -587,3 +605,35 @@ def test_a_name_stays_in_its_folder(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main([*BASE, "--name", name]) == 2
     assert "must be the name of one folder" in capsys.readouterr().err and not list(tmp_path.rglob("*"))
+
+
+# ---- README ---------------------------------------------------------------------------------------------------------
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_fork_is_a_fork(tmp_path):
+    """Its five steps, with --smoke: a copy, one line, a run, and a comparison with the original."""
+    steps = re.search(r"## Forking a script\n(.*?)\n## ", README, re.S)[1]
+    copy, smoke, run, compare = re.findall(r"^\d\. `(.*)`$", steps, re.M)
+    law, (_, source, target) = re.search(r'^ {8}("\w+": .*)$', steps, re.M)[1], copy.split()
+    assert run == smoke.replace(" --smoke", "")
+    for name in ("common.py", source):
+        shutil.copy(ROOT / name, tmp_path)
+    text = (tmp_path / source).read_text()
+    (tmp_path / target).write_text(re.sub(r"(?<=\nTASKS = {)(.*)", lambda m: f"{m[0]}\n    {law}", text, count=1))
+    original = f"python {source} --smoke --name base"
+    for line in (original, f"{smoke} --compile off --name base_taskmaximum", f"{compare} --out c.png"):
+        done = subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert re.search(r"task +polynomial +maximum", done.stdout) and (tmp_path / "c.png").exists()
+
+
+def test_the_readmes_tools_and_torchruns_are_asked_well(monkeypatch):
+    asked = []
+    for name in ("compare", "ledger", "report"):
+        monkeypatch.setattr(common, name, lambda **given: asked.append(given))
+    tools = re.findall(r"^(?: {4}|\d\. `)python common\.py (.*?)`?(?:  +#.*)?$", README, re.M)
+    assert len(tools) >= 4 and [common.tools(line.split()) for line in tools] == [0] * len(tools) and len(asked) == len(tools)
+    launched = re.findall(r"^ {4}torchrun .*?(exp_\w+)\.py (.*?)(?:  +#.*)?$", README, re.M)
+    assert len(launched) >= 2 and all(common.cli(importlib.import_module(m).Flags, line.split()) for m, line in launched)

@@ -946,8 +946,9 @@ class Folder:
     def finish(self, rows=None, claims=(), wall=0.):
         """summary.csv, summary.json and config.json of a folder whose work is done (or interrupted)."""
         rows = self.rows if rows is None else rows
-        named = list(dict.fromkeys(k for row in rows for k in row))  # a group that did not change a field has its default
-        rows = [{k: row[k] if k in row else getattr(self.flags, k, "") for k in named} for row in rows]
+        settings = [k for row in rows for k in list(row)[:list(row).index("diverged")]]
+        named = list(dict.fromkeys([*settings, *(k for row in rows for k in row)]))
+        rows = [{k: row[k] if k in row else getattr(self.flags, k, "") for k in named} for row in rows]  # or its default
         speed = round(self.run_steps / self.seconds, 3) if self.seconds else None
         text = io.StringIO()
         writer = csv.DictWriter(text, named, lineterminator="\n")
@@ -1414,7 +1415,7 @@ def compare(paths, metric="loss", out="runs/compare.png"):
         metrics = {}
         for row in summary["runs"]:
             for k in list(row)[list(row).index("diverged") + 1:]:
-                if row[k] is not None and not row["diverged"]:
+                if isinstance(row[k], (int, float)) and not row["diverged"]:
                     metrics.setdefault(k, []).append(row[k])
         tables.append(({k: str(v) for k, v in settings["flags"].items() if k not in HOW},
                        {k: f"{np.median(v):.4g}" for k, v in metrics.items()}

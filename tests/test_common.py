@@ -597,6 +597,7 @@ def test_every_row_of_the_summary_names_every_swept_field(tmp_path):
     folder.finish()
     rows = list(csv.DictReader((tmp_path / "summary.csv").open()))
     assert [row["d_model"] for row in rows] == ["4", "8"]
+    assert list(rows[0]) == ["seed", "d_model", "diverged", "loss"]  # settings first, though the first group had none
     assert [row["d_model"] for row in json.loads((tmp_path / "summary.json").read_text())["runs"]] == [4, 8]
 
 

@@ -638,3 +638,12 @@ def test_the_readmes_tools_and_torchruns_are_asked_well(monkeypatch):
     assert len(tools) >= 4 and [common.tools(line.split()) for line in tools] == [0] * len(tools) and len(asked) == len(tools)
     launched = re.findall(r"^ {4}torchrun .*?(exp_\w+)\.py (.*?)(?:  +#.*)?$", README, re.M)
     assert len(launched) >= 2 and all(common.cli(importlib.import_module(m).Flags, line.split()) for m, line in launched)
+
+
+def test_the_readme_counts_what_the_ledger_says():
+    ledger = (ROOT / "figures" / "ledger.md").read_text()
+    said = re.findall(r"^### (.*): (.*) runs; (.*) hold, (.*) false, (.*) open$", ledger, re.M)
+    assert len(said) == 6 and all(f"| {a} ({n} runs) | {b} | {c} | {d} |\n" in README for a, n, b, c, d in said)
+    for part in ledger.split("\n### ")[1:]:
+        counts = [part.count(f"| {verdict} |\n") for verdict in common.VERDICTS.values()]
+        assert "; {} hold, {} false, {} open\n".format(*counts) in part

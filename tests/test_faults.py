@@ -1,7 +1,7 @@
 """Killed, interrupted, out of disk, damaged, badly asked, on several processes: nothing is lost, nothing comes out different.
 
 Every script is killed (SIGKILL) while it draws, steps, writes and plots, and must end with the same arrays as a run that
-nobody killed. By default one moment each; the long form: FAULTS=20 python -m pytest tests/test_faults.py (half an hour)."""
+nobody killed. By default one moment each; the long form: FAULTS=20 python -m pytest -m slow -s (half an hour)."""
 import ctypes
 import importlib
 import itertools
@@ -141,27 +141,29 @@ def test_what_cannot_be_written_leaves_what_was_there(before, mode, tmp_path):
     assert exp.main([*line, "--resume", "--out", str(path)]) == 0 and alike(path, tmp_path / "whole")
 
 
+SMALL = "--smoke --digits 1 --d-model 4 --runs 1 --compile off".split()
+
+
 @pytest.fixture(scope="module")
-def unfinished(tmp_path_factory):
-    """A run folder that can be resumed, with metrics and a summary."""
+def small_run(tmp_path_factory):
+    """A run folder with a checkpoint, metrics and a summary."""
     path = tmp_path_factory.mktemp("damage") / "r"
     exp = importlib.import_module("exp_addition")
-    assert exp.main(["--smoke", "--compile", "off", "--out", str(path)]) == 0
+    assert exp.main([*SMALL, "--out", str(path)]) == 0
     return path
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pt", "metrics.npz", "config.json", "summary.json"])
-def test_every_damage_is_refused_in_one_line(name, unfinished, tmp_path, capsys):
+def test_every_damage_is_refused_in_one_line(name, small_run, tmp_path, capsys):
     path, pick = tmp_path / "r", random.Random(name)
-    shutil.copytree(unfinished, path)
+    shutil.copytree(small_run, path)
     data = (path / name).read_bytes()
     folder = common.Folder(path, None)
-    cuts = [data[:n] for n in sorted({0, 1, len(data) - 1, *(pick.randrange(len(data)) for _ in range(100))})]
-    flips = []
-    for _ in range(500):
-        at = pick.randrange(len(data))
-        flips.append(data[:at] + bytes([data[at] ^ pick.randrange(1, 256)]) + data[at + 1:])
-    for bad in cuts + flips:
+    some = range(len(data)) if "FAULTS" in os.environ else {0, 1, len(data) - 1, *pick.choices(range(len(data)), k=100)}
+    cuts = (data[:n] for n in some)
+    places = pick.choices(range(len(data)), k=500)
+    flips = (data[:at] + bytes([data[at] ^ pick.randrange(1, 256)]) + data[at + 1:] for at in places)
+    for bad in itertools.chain(cuts, flips):
         (path / name).write_bytes(bad)
         with pytest.raises(common.Stop, match="damaged or foreign"):
             folder.read(name)
@@ -175,10 +177,11 @@ def test_every_damage_is_refused_in_one_line(name, unfinished, tmp_path, capsys)
                 common.read_npz(path / name, name)
             except common.Stop as stop:
                 assert "\n" not in str(stop)
+    print(name, f"{len(some)} cuts, 500 flips: all refused")
     exp = importlib.import_module("exp_addition")
     for flags in (["--resume"], ["--plot-only"], []):
         if name == "config.json":
-            assert exp.main(["--smoke", "--compile", "off", *flags, "--out", str(path)]) == 2
+            assert exp.main([*SMALL, *flags, "--out", str(path)]) == 2
             assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -207,6 +210,7 @@ def test_random_command_lines(script, tmp_path, monkeypatch, capsys):
         said = capsys.readouterr()
         assert status in (0, 2) and (status == 0 or said.err.count("\n") == 1), (line, status, said.err)
         ended[status] += 1
+    print(script, ended)
     assert ended[0] and ended[2], ended
 
 

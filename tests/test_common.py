@@ -647,3 +647,10 @@ def test_the_readme_counts_what_the_ledger_says():
     for part in ledger.split("\n### ")[1:]:
         counts = [part.count(f"| {verdict} |\n") for verdict in common.VERDICTS.values()]
         assert "; {} hold, {} false, {} open\n".format(*counts) in part
+
+
+@pytest.mark.parametrize("script", sorted(p.stem for p in ROOT.glob("exp_*.py")))
+def test_the_readme_says_what_each_figure_answers(script):
+    table = re.search(rf"^\| `{script}\.py` \| \|\n(.*?)\n\n", README, re.M | re.S)[1]
+    named = set(re.findall(r"`(\w+)`", " ".join(row.split("|")[1] for row in table.splitlines())))
+    assert named == {name for _, _, figures in importlib.import_module(script).STUDIES.values() for name in figures}

@@ -263,8 +263,7 @@ def groups_of_runs(flags, points=None):
     """Runs as lists of Flags, one list for each tensor program: within a list only seeds and number fields differ.
 
     points: configurations as dicts of fields; by default those of the study, where a flag given on the command line keeps
-    its value, or the grid of --sweep. Run i of a configuration has seed flags.seed + i. (A later sharding over processes cuts
-    these lists, and nothing else needs to know.)"""
+    its value, or the grid of --sweep. Run i of a configuration has seed flags.seed + i."""
     if points is None:
         fixed = set(getattr(flags, "given", ())) - {"steps"}  # a study's own steps are made from --steps
         own = [p | {k: getattr(flags, k) for k in p if k in fixed} for p in flags.points()]

@@ -635,7 +635,7 @@ def train(runs, folder, state, numbers, step, draw, evaluate, eval_at, label="",
     in a folder of its own; a run's numbers do not depend on it."""
     flags, R = runs[0], len(runs)
     whole = folder.resume(like=state)
-    plan = shared(folder.read_json("parts.json") if folder.has("parts.json") else None)
+    plan = shared(folder.read_json("parts.json") if rank() == 0 and folder.has("parts.json") else None)
     if whole and whole["step"] == flags.steps:
         plan = dict(size=R, compiled=whole["compiled"])
     size = plan["size"] if plan else part_size(runs, state, numbers, draw, plain)
@@ -645,22 +645,23 @@ def train(runs, folder, state, numbers, step, draw, evaluate, eval_at, label="",
 
     def fuse(state, numbers, data, steps, compiled, like=None):
         return Fused(step, state, numbers, tree(lambda x: x[0], data), flags, steps, compiled, unroll, plain, like)
-    if len(parts) == 1:
-        _, final, metrics, snapshots, booked = train_part(runs, folder, state, numbers, whole, draw, evaluate, eval_at, label,
-                                                          fuse, whole and whole["compiled"])
-        folder.book([booked], R)
-        return final, metrics, snapshots
     cut = lambda x, part, axis=0: tree(lambda leaf: leaf.narrow(axis, part.start, len(part)), x)
     first, found = None, {}
-    if not plan:  # rank 0 decides for all, before anything is saved
+    if not plan and (len(parts) > 1 or world() > 1):  # rank 0 decides for all, before anything is saved
         plan = dict(size=size, compiled=whole and whole["compiled"])
         if rank() == 0 and not whole:
             data = draw_all(draw, parts[0], 0)
             first = fuse(cut(state, parts[0]), cut(numbers, parts[0]), data, flags.steps * -(-len(parts) // world()), None)
             plan["compiled"] = first.compiled
-        if rank() == 0:
+        if rank() == 0 and len(parts) > 1:
             folder.write_json("parts.json", plan)
         plan = shared(plan)
+    made = lambda *_: first
+    if len(parts) == 1:
+        _, *found, booked = train_part(runs, folder, state, numbers, whole, draw, evaluate, eval_at, label,
+                                       made if first else fuse, plan["compiled"] if plan else whole and whole["compiled"])
+        folder.book([booked], R)
+        return shared(found)  # another machine's may differ by rounding, and all go on alike
     TOGETHER[0] = False
     for i in range(rank(), len(parts), world()):
         part, sub = parts[i], folder.scratch(f"part{i}", own=True)
@@ -671,7 +672,7 @@ def train(runs, folder, state, numbers, step, draw, evaluate, eval_at, label="",
         first, *found[i] = train_part(
             [runs[r] for r in part], sub, cut(state, part), cut(numbers, part), saved, lambda r, chunk: draw(part[r], chunk),
             lambda r, params: evaluate(part[r], params), eval_at, f"{label}, part {i + 1} of {len(parts)}",
-            fuse if i or not first else lambda *_: first, plan["compiled"], first)
+            fuse if i or not first else made, plan["compiled"], first)
         if folder.interrupted:
             break
     TOGETHER[0] = True
@@ -690,6 +691,7 @@ def train(runs, folder, state, numbers, step, draw, evaluate, eval_at, label="",
     if rank() == 0:
         for i in range(len(parts)):
             shutil.rmtree(folder.path / f"part{i}", ignore_errors=True)
+        (folder.path / "parts.json").unlink(missing_ok=True)
     return final, metrics, snapshots
 
 
@@ -1272,6 +1274,7 @@ def run_study(cls, studies, argv, script, alive):
             return 0
         ending.enter_context(interruptible(folder, alive))
         go_on = f"python {script.name} {shlex.join([*(a for a in flags.argv if a not in ('--resume', '--force')), '--resume'])}"
+        go_on += " (or with torchrun)" * (world() > 1)
         if flags.plot_only:
             if rank():
                 return 0
@@ -1374,7 +1377,10 @@ def save_figure(folder, name, figure):
 def finished(path):
     """Folder, config.json and summary.json of a run."""
     folder = Folder(path, types.SimpleNamespace())
-    settings, summary = folder.read_json("config.json"), folder.read_json("summary.json")
+    settings = folder.read_json("config.json")
+    if not folder.has("summary.json"):
+        raise Stop(f"{path} was stopped before it had results: its command with --resume goes on")
+    summary = folder.read_json("summary.json")
     try:  # a stranger's folder has checksums, too
         dict(settings["flags"]), " ".join(settings["argv"]), dict(settings["versions"])["torch"], settings["finished"]
         f"{summary['wall_seconds']:f} {summary['run_steps_per_second'] or 0:f}", summary["experiment"], summary["study"]
@@ -1383,6 +1389,11 @@ def finished(path):
     except (KeyError, TypeError, ValueError, AttributeError, AssertionError):
         raise Stop(f"{path} holds no run of this project") from None
     return folder, settings, summary
+
+
+def settings_of(rows):
+    """The fields of a summary's rows that say how a run was made, but for its seed."""
+    return list(rows[0])[1:list(rows[0]).index("diverged")] if rows else []
 
 
 def histories(path, metric):
@@ -1396,18 +1407,21 @@ def histories(path, metric):
             at = "eval_step" if metric.startswith("eval_") else "step"
             curves = [k for k, v in metrics.items() if v.ndim == 2 and ("eval_step" if k[:5] == "eval_" else "step") in metrics]
             if metric not in curves:
-                raise Stop(f"{place} has no curve {metric}" + f"; it has {', '.join(curves)}" * bool(curves))
+                raise Stop(f"{metric} is not one number a run and step of {place}; such are: {', '.join(curves) or 'none'}")
             found.append((metrics[at], metrics[metric]))
-    if sum(y.shape[1] for _, y in found) != len(rows):
+    if not found or sum(y.shape[1] for _, y in found) != len(rows):
         raise Stop(f"{path} has not one curve {metric} for each of its {len(rows)} runs")
-    named = [", ".join(f"{k}={row[k]}" for k in list(row)[1:list(row).index("diverged")]) for row in rows]
+    named = [", ".join(f"{k}={row[k]}" for k in settings_of([row])) for row in rows]
     for x, y in found:
         mine, named = np.array(named[:y.shape[1]]), named[y.shape[1]:]
         yield from ((name, x, y[:, mine == name]) for name in dict.fromkeys(mine))
 
 
 def compare(paths, metric="loss", out="runs/compare.png"):
-    """Print what differs between runs: flags, then medians of the final metrics; draw one metric of all over steps."""
+    """Print what differs between run folders: flags, then medians over all of their runs of what was measured at the end; draw
+    one metric over steps: one that training logs, such as loss, or an evaluated one, such as eval_loss."""
+    if not str(out).endswith(".png"):
+        raise Stop(f"--out {out} must end in .png")
     tables = []
     for path in paths:
         _, settings, summary = finished(path)
@@ -1416,10 +1430,12 @@ def compare(paths, metric="loss", out="runs/compare.png"):
             for k in list(row)[list(row).index("diverged") + 1:]:
                 if isinstance(row[k], (int, float)) and not row["diverged"]:
                     metrics.setdefault(k, []).append(row[k])
-        tables.append(({k: str(v) for k, v in settings["flags"].items() if k not in HOW},
+        known = {k: ", ".join(dict.fromkeys(str(row[k]) for row in summary["runs"])) for k in settings_of(summary["runs"])}
+        tables.append(({k: known.get(k, str(v)) for k, v in settings["flags"].items() if k not in HOW},
                        {k: f"{np.median(v):.4g}" for k, v in metrics.items()}
                        | {c["id"]: VERDICTS[c["holds"]] for c in summary["claims"]}
-                       | {"runs": str(len(summary["runs"])), "run-steps/s": str(summary["run_steps_per_second"])}))
+                       | {"all runs": str(len(summary["runs"])), "finished": str(settings["finished"]),
+                          "run-steps/s": str(summary["run_steps_per_second"])}))
     rows = [("", [Path(p).name for p in paths])]
     for part, all_rows in ((0, False), (1, True)):
         for key in dict.fromkeys(k for t in tables for k in t[part]):
@@ -1429,17 +1445,21 @@ def compare(paths, metric="loss", out="runs/compare.png"):
     widths = [max(len(r[1][i]) for r in rows) for i in range(len(paths))]
     for key, cells in rows:
         print(f"{key:32}", *(c.rjust(w) for c, w in zip(cells, widths)), sep="  ")
-    try:
-        curves = [(f"{Path(p).name}  {name}".strip(), x, y) for p in paths for name, x, y in histories(p, metric)]
-    except Stop as stop:
-        print(f"no figure: {stop}")
+    curves = []
+    for p in paths:
+        try:
+            curves += [(f"{Path(p).name}  {name}".strip(), x, y) for name, x, y in histories(p, metric)]
+        except Stop as stop:
+            print(f"not drawn: {stop}")
+    if not curves:
         return
     figure, ax = plt.subplots(figsize=(8, 4.8), layout="constrained")
     colours = COLOURS if len(curves) <= len(COLOURS) else plt.cm.turbo(np.linspace(.05, .95, len(curves)))
     for colour, (label, x, y) in zip(colours, curves):
         band(ax, x, smooth(y, max(1, len(x) // 100)), label, colour)
     drawn = np.concatenate([y[np.isfinite(y)] for _, _, y in curves])
-    ax.set(xlabel="step", ylabel=metric, yscale="log" if len(drawn) and 0 < 30 * drawn.min() < drawn.max() else "linear")
+    ax.set(xlabel="step", ylabel=metric if metric[:5] == "eval_" else f"{metric} (while training)",
+           yscale="log" if len(drawn) and 0 < 30 * drawn.min() < drawn.max() else "linear")
     ax.set_title("running means over 1 % of the logged steps; median and quartiles over runs", fontsize=9)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(fontsize=7)
@@ -1453,14 +1473,14 @@ def compare(paths, metric="loss", out="runs/compare.png"):
 def ledger(paths):
     """Print the claims of finished runs as a markdown table, with a heading for each run where there are several."""
     for path in paths:
-        _, _, summary = finished(path)
-        if len(paths) > 1:
-            runs = f"{len(summary['runs'])} runs"
+        _, settings, summary = finished(path)
+        if len(paths) > 1 or not settings["finished"]:
+            runs = f"{len(summary['runs'])} runs" + ", not finished" * (not settings["finished"])
             print(f"\n### {summary['experiment']}, {summary['study']}: {runs}; {tally(summary['claims'])}\n")
         print("| claim | statement | expected | measured | verdict |\n| --- | --- | --- | --- | --- |")
         for c in summary["claims"]:
             cells = c["id"], c["statement"], c["expected"], c["measured"], VERDICTS[c["holds"]]
-            print("|", " | ".join(str(x).replace("|", "\\|") for x in cells), "|")
+            print("|", " | ".join(" ".join(str(x).split()).replace("|", "\\|") for x in cells), "|")
 
 
 def tally(claims):
@@ -1523,7 +1543,7 @@ def report(paths, out="runs/report.html"):
     words; then each run's figures, flags, times, and the command that repeats it. Needs nothing but itself to be read."""
     e, heads = lambda x: html.escape(str(x)), ("verdict", "claim", "statement", "expected", "measured", "script", "runs")
     claims, rows, sections, left_out = [], [], [], []
-    found = [Path(p) for p in paths] or sorted(p.parent for p in Path("runs").glob("*/*/summary.json"))
+    found = [Path(p) for p in paths] or sorted(p.parent for p in Path("runs").glob("*/*/config.json"))
     for n, path in enumerate(found):
         try:
             folder, settings, summary = finished(path)

@@ -662,15 +662,15 @@ def find(name, download):
             if whole(place):
                 return place
     own = cache() / name
-    if whole(own):
-        return own
-    if not download:
+    if not download and not whole(own):
         raise common.Stop(f"{name} is neither in {hub} nor in {own}: --download fetches it, or give a directory")
-    own.mkdir(parents=True, exist_ok=True)
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    for file in FILES:
-        if not (own / file).exists():
-            fetch(f"{endpoint.rstrip('/')}/openai-community/{name}/resolve/main/{file}", own / file)
+    if download and int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once a machine
+        own.mkdir(parents=True, exist_ok=True)
+        endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+        for file in FILES:
+            if not (own / file).exists():
+                fetch(f"{endpoint.rstrip('/')}/openai-community/{name}/resolve/main/{file}", own / file)
+    common.gathered(None)  # all wait for it
     return own
 
 
@@ -1076,7 +1076,7 @@ def mini_folder(flags):
 def mini(flags, folder):
     """The mini model of these flags, from the cache or trained here and put there; always as the loader reads it back."""
     place = mini_folder(flags)
-    if not place.exists():
+    if any(common.gathered(not place.exists())):  # on any machine, then together
         print("the mini model is trained once, then kept in", place.parent, flush=True)
         models, _, _ = train([flags], folder.scratch("mini"))
         if folder.interrupted:

@@ -528,12 +528,12 @@ def test_compare_prints_the_flags_that_differ_and_draws_a_metric(made, tmp_path,
     paths, picture = [str(made / "finished"), str(made / "sweep")], tmp_path / "new" / "c.png"
     assert common.tools(["compare", *paths, "--out", str(picture)]) == 0
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:-1]}
-    assert rows["steps"] == ["20", "40"] and rows["runs"] == ["2", "4"] and "loss" in rows and "batch" not in rows
+    assert rows["steps"] == ["20", "40"] and rows["all"] == ["runs", "2", "4"] and "loss" in rows and "batch" not in rows
     labels = [label for label, *_ in drawn]
     assert len(set(labels)) == len(labels) and all(any(v in x for x in labels) for v in ("finished", "d_model=4", "d_model=8"))
     assert sum(shape[1] for *_, shape in drawn) == 6 and picture.read_bytes() == b"picture"
     assert common.tools(["compare", *paths, "--metric", "lss", "--out", str(tmp_path / "no.png")]) == 0
-    assert "has no curve lss; it has eval_loss, " in capsys.readouterr().out and not (tmp_path / "no.png").exists()
+    assert "lss is not one number a run and step of" in capsys.readouterr().out and not (tmp_path / "no.png").exists()
 
 
 def test_a_curve_is_that_of_its_configuration(made):
@@ -583,7 +583,7 @@ def test_tools_refuse_a_strangers_summary(done, change, tmp_path, capsys):
     folder = common.Folder(done, None)
     folder.write_json("summary.json", folder.read_json("summary.json") | change)
     for tool in ("compare", "claims", "report"):
-        out = ["--out", str(tmp_path / "x")] if tool != "claims" else []
+        out = ["--out", str(tmp_path / "x.png")] if tool != "claims" else []
         assert common.tools([tool, str(done), *out]) == 2 and "no run of this project" in capsys.readouterr().err
 
 

@@ -286,7 +286,7 @@ def test_more_runs_than_memory_holds_are_cut_into_parts(tmp_path, monkeypatch, c
     assert whole["step"] == parts["step"] and all((whole["params"][k] == parts["params"][k]).all() for k in whole["params"])
 
 
-def test_parts_resume(tmp_path, monkeypatch):
+def test_parts_resume(tmp_path, monkeypatch, capsys):
     exp = importlib.import_module("exp_addition")
     line = [*ADDITION[1:], "--runs", "5", "--save-every", "0"]
     assert exp.main([*line, "--out", str(tmp_path / "whole")]) == 0
@@ -300,6 +300,7 @@ def test_parts_resume(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(common.Folder, "checkpoint", stop_in_the_second_part)
         assert exp.main([*line, "--out", str(tmp_path / "parts")]) == 130
+    assert common.tools(["claims", str(tmp_path / "parts")]) == 2 and "before it had results" in capsys.readouterr().err
     monkeypatch.setattr(common, "MEMORY", 2 ** 30)  # the parts stay what they were
     assert exp.main([*line, "--out", str(tmp_path / "parts"), "--resume"]) == 0
     assert alike(tmp_path / "whole", tmp_path / "parts")

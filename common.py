@@ -388,24 +388,27 @@ def divided(f, xs):
     return [found[i % world()][i // world()] for i in range(len(xs))]
 
 
+def store(seconds, keep=False):
+    """torchrun's store, or one that this rank keeps; apart for each attempt of --max-restarts, else the next calls the dead."""
+    tcp = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=keep, multi_tenant=keep,
+                        timeout=datetime.timedelta(seconds=seconds))
+    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), tcp)
+
+
 class Alive(threading.Thread):
     """Counts up in torchrun's store while this process lives, so that the others can name it when it does not."""
 
     def __init__(self):
         super().__init__(daemon=True)
-        self.store, self.over = dist.PrefixStore("alive", self.client()), threading.Event()
+        self.store, self.over = store(20), threading.Event()
         self.start()
-
-    def client(self):
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return dist.TCPStore(*address, is_master=False, timeout=datetime.timedelta(seconds=20))
 
     def run(self):
         for beat in itertools.count():
-            self.store.set(str(rank()), str(beat))
+            self.store.set(f"alive{rank()}", str(beat))
             if self.over.wait(.5):
                 break
-        self.store.set(str(rank()), "ended")
+        self.store.set(f"alive{rank()}", "ended")
 
     def end(self):
         """This process is done. (A thread that is left within the store when Python ends aborts it.)"""
@@ -415,8 +418,8 @@ class Alive(threading.Thread):
     def dead(self):
         """Ranks that do not count any more, and did not end."""
         try:
-            store = dist.PrefixStore("alive", self.client())
-            look = lambda: [store.get(str(r)) for r in range(world())]
+            known = store(20)
+            look = lambda: [known.get(f"alive{r}") for r in range(world())]
             before = look()
             time.sleep(2)
             return [r for r, (a, b) in enumerate(zip(before, look())) if a == b != b"ended"]
@@ -431,7 +434,9 @@ def processes():
     if world() < 2:
         yield None
         return
-    dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))  # one rank may wait long for another one's runs
+    keep = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    dist.init_process_group("gloo", store=store(300, keep), rank=rank(), world_size=world(),
+                            timeout=datetime.timedelta(days=30))  # one rank may wait long for another one's runs
     alive = Alive()
     gathered(None)  # everyone has begun to count
     with contextlib.ExitStack() as quiet:
@@ -439,9 +444,10 @@ def processes():
             quiet.enter_context(contextlib.redirect_stdout(quiet.enter_context(open(os.devnull, "w"))))
         try:
             yield alive
-        except RuntimeError as error:
+        except RuntimeError:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends now; to name the dead takes two seconds
             bury(alive)
-            raise error
+            raise
         finally:
             alive.end()
             dist.destroy_process_group()

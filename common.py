@@ -1618,7 +1618,7 @@ def tools(argv):
         print(f"common.py: {stop}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"common.py: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"common.py: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
         return 2
     return 0
 

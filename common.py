@@ -662,10 +662,10 @@ def train(runs, folder, state, numbers, step, draw, evaluate, eval_at, label="",
         if rank() == 0 and len(parts) > 1:
             folder.write_json("parts.json", plan)
         plan = shared(plan)
-    made = lambda *_: first
+    made = (lambda *_, own=first: own) if first else fuse
     if len(parts) == 1:
         _, *found, booked = train_part(runs, folder, state, numbers, whole, draw, evaluate, eval_at, label,
-                                       made if first else fuse, plan["compiled"] if plan else whole and whole["compiled"])
+                                       made, plan["compiled"] if plan else whole and whole["compiled"])
         folder.book([booked], R)
         return shared(found)  # another machine's may differ by rounding, and all go on alike
     TOGETHER[0] = False
@@ -678,7 +678,7 @@ def train(runs, folder, state, numbers, step, draw, evaluate, eval_at, label="",
         first, *found[i] = train_part(
             [runs[r] for r in part], sub, cut(state, part), cut(numbers, part), saved, lambda r, chunk: draw(part[r], chunk),
             lambda r, params: evaluate(part[r], params), eval_at, f"{label}, part {i + 1} of {len(parts)}",
-            fuse if i or not first else made, plan["compiled"], first)
+            fuse if i else made, plan["compiled"], first)
         if folder.interrupted:
             break
     TOGETHER[0] = True
@@ -953,7 +953,7 @@ class Folder:
     def finish(self, rows=None, claims=(), wall=0.):
         """summary.csv, summary.json and config.json of a folder whose work is done (or interrupted)."""
         rows = self.rows if rows is None else rows
-        settings = [k for row in rows for k in list(row)[:list(row).index("diverged")]]
+        settings = [k for row in rows for k in ("seed", *settings_of([row]))]
         named = list(dict.fromkeys([*settings, *(k for row in rows for k in row)]))
         rows = [{k: row[k] if k in row else getattr(self.flags, k, "") for k in named} for row in rows]  # or its default
         speed = round(self.run_steps / self.seconds, 3) if self.seconds else None
@@ -1410,11 +1410,11 @@ def histories(path, metric):
         folder = Folder(place, types.SimpleNamespace())
         if folder.has("metrics.npz"):  # else Ctrl-C came before
             metrics = folder.read_npz("metrics.npz")
-            at = "eval_step" if metric.startswith("eval_") else "step"
-            curves = [k for k, v in metrics.items() if v.ndim == 2 and ("eval_step" if k[:5] == "eval_" else "step") in metrics]
+            at = lambda k: "eval_step" if k.startswith("eval_") else "step"
+            curves = [k for k, v in metrics.items() if v.ndim == 2 and at(k) in metrics]
             if metric not in curves:
                 raise Stop(f"{metric} is not one number a run and step of {place}; such are: {', '.join(curves) or 'none'}")
-            found.append((metrics[at], metrics[metric]))
+            found.append((metrics[at(metric)], metrics[metric]))
     if not found or sum(y.shape[1] for _, y in found) != len(rows):
         raise Stop(f"{path} has not one curve {metric} for each of its {len(rows)} runs")
     named = [", ".join(f"{k}={row[k]}" for k in settings_of([row])) for row in rows]
@@ -1431,12 +1431,12 @@ def compare(paths, metric="loss", out="runs/compare.png"):
     tables = []
     for path in paths:
         _, settings, summary = finished(path)
+        known = {k: ", ".join(dict.fromkeys(str(row[k]) for row in summary["runs"])) for k in settings_of(summary["runs"])}
         metrics = {}
         for row in summary["runs"]:
-            for k in list(row)[list(row).index("diverged") + 1:]:
+            for k in [k for k in row if k not in {"seed", "diverged", *known}]:
                 if isinstance(row[k], (int, float)) and not row["diverged"]:
                     metrics.setdefault(k, []).append(row[k])
-        known = {k: ", ".join(dict.fromkeys(str(row[k]) for row in summary["runs"])) for k in settings_of(summary["runs"])}
         tables.append(({k: known.get(k, str(v)) for k, v in settings["flags"].items() if k not in HOW},
                        {k: f"{np.median(v):.4g}" for k, v in metrics.items()}
                        | {c["id"]: VERDICTS[c["holds"]] for c in summary["claims"]}

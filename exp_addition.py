@@ -1,27 +1,20 @@
 """How does a one-layer transformer add numbers, and which digit does it learn when?
 
-Law: a and b have D digits, i.i.d. uniform in 0..base-1, most significant first; a + b = sum_k z_k base^k. Input
-`a_{D-1} .. a_0 + b_{D-1} .. b_0 =`, target z_k (`--digit k`: 0 units, 1 tens, .., D leading carry), read at `=`. With
-n_k = (a_k + b_k) mod base and c_k the carry into column k, z_k = (n_k + c_k) mod base: a model that knows its own column
-but no carry has the loss H(c_k) (.688 nats for the tens, -> log 2), one that knows nothing log base. In `--study all`
-every digit is answered at once; `--answer teacher` feeds the true earlier digits, which leaks: where n_k = base - 1 the
-digit before tells the carry. `--answer parallel` feeds `=` instead.
+Law: a and b have D digits, i.i.d. uniform in 0..base-1, most significant first; a + b = sum_k z_k base^k.
+Input `a_{D-1} .. a_0 + b_{D-1} .. b_0 =`, target z_k (`--digit k`: 0 units, 1 tens, .., D leading carry),
+read at `=`. With n_k = (a_k + b_k) mod base and c_k the carry into column k, z_k = (n_k + c_k) mod base: a
+model that knows its own column but no carry has the loss H(c_k) (.688 nats for the tens, -> log 2), one
+that knows nothing log base.
 
-    python exp_addition.py                    106 s on one core: when do units and tens, 4 seeds each, leave their shelves?
-    python exp_addition.py --study anatomy    200 s: how they are added: attention, neurons, frequencies, ablations, over time
-    python exp_addition.py --study theory       7 s: every exact shelf, for any --base and --digits
+    python exp_addition.py                       one minute: when do units and tens leave their shelves?
+    python exp_addition.py --study anatomy       three minutes: attention, neurons, frequencies, ablations
+    python exp_addition.py --study theory        seconds: every exact shelf, for any --base and --digits
 
-Studies: `digit` (default), `sweep` (a grid, or without --sweep every row of the notes' tables), `all`, `theory` (exact
-floors), `anatomy` (one-layer models taken apart, new ones or those of --checkpoint), `spikes` (what removes the repeated
-spike). arrays.npz: the keys are in the docstrings of `curves`, `compute_*`, `anatomy` and `fourier`; metrics.npz: loss,
-grad_norm [T, R] every step, eval_* [M, R, ...] at eval_step.
-
-Claims are quoted from research notes of 2023-04-18; "128/4" is d_model/n_heads. Model and optimiser are the notes'.
+Claims are quoted from research notes of 2023-04-18, "128/4" is d_model/n_heads; model and optimiser are theirs.
 """
-import itertools
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,22 +23,19 @@ from torch.func import grad_and_value
 import common
 from common import flag
 
-# ---- Flags ----------------------------------------------------------------------------------------------------------
+# ==== Flags ==========================================================================================
 
 
 @dataclass
 class Flags(common.Flags):
-    study: Literal["digit", "sweep", "all", "theory", "anatomy", "spikes"] = flag("digit", "which question to ask")
     steps: int = flag(2000, "training steps", low=1)
     runs: int = flag(4, "seeds per configuration", low=1)
-    sweep: list[str] = flag(["digit=0,1"], "field=v1,v2 ...: one configuration for each combination")
     digits: int = flag(5, "D, digits of each operand", low=1, high=9)
     base: int = flag(10, "base of the digits", low=2, high=16)
-    digit: int = flag(0, "which digit of the sum to learn: 0 units, 1 tens, .., D leading carry", low=0, number=True)
-    answer: Literal["teacher", "parallel"] = flag("teacher", "study all: feed the true earlier digits, or `=`")
+    digit: int = flag(0, "digit of the sum: 0 units, 1 tens, .., D leading carry", low=0, number=True)
+    answer: Literal["teacher", "parallel"] = flag("teacher", "feed the true earlier digits, or `=`")
     d_model: int = flag(128, "width of the residual stream", low=1, high=4096)
     n_heads: int = flag(4, "attention heads, each d_model / n_heads wide", low=1)
-    n_layers: int = flag(1, "layers; more than one takes the plain forward", low=1, high=16)
     mlp: bool = flag(True, "have the ReLU MLP of width 4 d_model")
     batch: int = flag(256, "examples a step", low=1)
     lr: float = flag(1e-3, "learning rate of AdamW, reached after --warmup steps", low=0, number=True)
@@ -56,25 +46,10 @@ class Flags(common.Flags):
     eps: float = flag(1e-8, "AdamW eps", low=0, number=True)
     clip: float = flag(0., "clip the gradient's norm to this (0: do not)", low=0, number=True)
     evals: int = flag(30, "log-spaced evaluations over training", low=2)
-    probe: str = flag("logit", "study anatomy: gradient times input of `logit`, `neuron:I` or `head:I`")
-    checkpoint: str = flag("", "study anatomy: a checkpoint.pt to take apart instead of training")
-
-    per_study: ClassVar[dict] = {
-        "sweep": dict(sweep=[], steps=5000, evals=2),
-        "all": dict(sweep=["answer=teacher,parallel"], runs=3, batch=64, steps=2000),
-        "theory": dict(sweep=[], runs=1),
-        "anatomy": dict(runs=3, steps=2000, evals=2, snapshots=24),
-        "spikes": dict(sweep=[], digit=1, weight_decay=.5, steps=5000, evals=2),
-        "smoke": dict(steps=20, runs=2, d_model=8, n_heads=2, batch=32, evals=2, snapshots=2)}
+    probe: str = flag("logit", "gradient times input of `logit`, `neuron:I` or `head:I`")
+    checkpoint: str = flag("", "a checkpoint.pt to take apart instead of training")
 
     def check(self):
-        kind, _, index = self.probe.partition(":")
-        if kind not in ("logit", "neuron", "head") or (kind == "logit") == bool(index) or index and not index.isdigit() or \
-                index and int(index) >= {"neuron": 4 * self.d_model, "head": self.n_heads}[kind]:
-            raise common.Stop(f"--probe {self.probe}: give logit, neuron:I below {4 * self.d_model} or head:I below "
-                              f"{self.n_heads}")
-        if self.study == "anatomy" and self.n_layers > 1:
-            raise common.Stop("--study anatomy takes one-layer models apart: --n-layers 1")
         if self.digit > self.digits:
             raise common.Stop(f"--digit {self.digit} must be at most --digits {self.digits} (the leading carry)")
         if self.d_model % self.n_heads:
@@ -84,57 +59,51 @@ class Flags(common.Flags):
     def vocab(self):
         return self.base + 2  # the digits, `+` = base, `=` = base + 1
 
-    @property
-    def positions(self):
-        return 2 * self.digits + 2 + self.digits * (self.study == "all")
+
+SMOKE = dict(steps=20, runs=2, d_model=8, n_heads=2, batch=32, evals=2)
+NOTES = "research notes, 2023-04-18: "
+
+# ==== Data law =======================================================================================
 
 
-# ---- Data law -------------------------------------------------------------------------------------------------------
-
-def sample(flags, generator, *shape):
-    """Digits of a then b, each most significant first: uint8 [*shape, 2D, batch] (the batch last: it is the axis along
-    which the fast path vectorises)."""
-    return torch.randint(flags.base, (*shape[:-1], 2 * flags.digits, shape[-1]), generator=generator, dtype=torch.uint8)
+def sample(flags, key, batch):
+    """Digits of a then b, each most significant first: int64 [2D, batch]. (The batch is the last axis: along
+    it the fast path vectorises. A pair of digits takes one random number.)"""
+    pair = common.integers(key, flags.base ** 2, flags.digits, batch)
+    a = (pair * (2 ** 16 // flags.base + 1)) >> 16  # pair // base, exact below 2^16 / base
+    return torch.cat([a, pair - flags.base * a])
 
 
 def columns(ab, base):
-    """Digits ab [2D, B] -> (naive D, carry D+1, total D+1), lists of [B] from the units up: naive_k = a_k + b_k mod
-    base, carry_k into column k, total_k the digit of the sum; total_D = carry_D. (Lists and no `%`: both would cost the
-    compiled step more than the rest of a narrow model.)"""
+    """Digits ab [2D, B] -> (naive D, carry D+1, total D+1), lists of [B] from the units up: naive_k = (a_k + b_k)
+    mod base, carry_k into column k, total_k the digit of the sum; total_D = carry_D."""
     D = len(ab) // 2
-    naive, carry, total = [], [torch.zeros_like(ab[0], dtype=torch.int32)], []
+    naive, carry, total = [], [torch.zeros_like(ab[0])], []
     for k in range(D):
-        pair = ab[D - 1 - k].int() + ab[2 * D - 1 - k].int()
+        pair = ab[D - 1 - k] + ab[2 * D - 1 - k]
         full = pair + carry[k]
-        carry.append((full >= base).int())
-        naive.append(pair - base * (pair >= base).int())
+        carry.append((full >= base).to(ab.dtype))
+        naive.append(pair - base * (pair >= base).to(ab.dtype))
         total.append(full - base * carry[-1])
     return naive, carry, total + carry[-1:]
 
 
-def target(ab, digit, base):
-    """Digit number `digit` (a tensor: it is data, not a shape) of the sums [B]."""
-    return sum(z * (digit == k) for k, z in enumerate(columns(ab, base)[2]))
+def pick(columns, digit):
+    """Column number `digit` (a tensor: it is data, not a shape) of a list of [B]."""
+    return sum(x * (digit == k) for k, x in enumerate(columns))
 
 
 def tokens_of(flags, ab):
-    """Token sequences [B, positions] from digits [2D, B]; in study `all` with the answer's input part."""
+    """Token sequences [B, 2D + 2] from digits [2D, B]."""
     row = lambda token: torch.full_like(ab[:1], token)
-    parts = [ab[:flags.digits], row(flags.base), ab[flags.digits:], row(flags.base + 1)]
-    if flags.study == "all":
-        earlier = torch.stack(columns(ab, flags.base)[2][:0:-1]).to(ab.dtype)
-        parts.append(earlier if flags.answer == "teacher" else torch.full_like(earlier, flags.base + 1))
-    return torch.cat(parts).T
+    return torch.cat([ab[:flags.digits], row(flags.base), ab[flags.digits:], row(flags.base + 1)]).T
 
 
-def entropy(p):
-    """Entropy in nats of probabilities p [..., outcomes]."""
-    p = np.asarray(p, float)
-    return np.sum(np.where(p > 0, -p * np.log(np.where(p > 0, p, 1)), 0), -1)
-
-
-def carry_entropy(p):
-    return float(entropy([p, 1 - p]))
+def evaluation_set(flags, examples=4096):
+    """The same digits [2D, examples] for every run (a sixteenth of them for --smoke)."""
+    shape = 2 * flags.digits, examples // 16 if flags.smoke else examples
+    ab = torch.randint(flags.base, shape, generator=common.generator(0, "eval"))
+    return ab.to(common.device(flags))
 
 
 def carry_probability(base, k):
@@ -142,10 +111,15 @@ def carry_probability(base, k):
     return (1 - float(base) ** -k) / 2
 
 
+def carry_entropy(p):
+    """Entropy in nats of a carry that has probability p."""
+    return sum(-x * math.log(x) for x in (p, 1 - p) if x > 0)
+
+
 def floors(base, digits):
-    """Bayes-optimal loss in nats of digit k of a model that sees its L top columns (its own and the L - 1 below; for
-    the leading carry k = D the columns D-1, D-2, ..): floor[k, L] [D+1, D+2], NaN where undefined. The carry stays
-    unknown only where every column seen below the own one sums to base - 1."""
+    """Bayes-optimal loss in nats of digit k of a model that sees its L top columns (its own and the L - 1 below;
+    for the leading carry k = D the columns D-1, D-2, ..): floor[k, L] [D+1, D+2], NaN where undefined. The
+    carry stays unknown only where every column that is seen below the own one sums to base - 1."""
     floor = np.full((digits + 1, digits + 2), np.nan)
     for k in range(digits + 1):
         top = k < digits  # the leading carry has no column of its own
@@ -156,106 +130,72 @@ def floors(base, digits):
     return floor
 
 
-def half_seen_floor(base, k):
-    """Loss of digit k when the model sees its own column and ONE operand's digit of the next lower column."""
-    p = carry_probability(base, k - 1)
-    return float(np.mean([carry_entropy((u + p) / base) for u in range(base)]))
+# ==== Model ==========================================================================================
 
 
-def leading_entropy(base, digits):
-    """H(z_{D-1} | z_D) in nats: what the second answer digit costs a model that is fed the first and sees no operand."""
-    p = carry_probability(base, digits - 1)
-    joint = np.zeros((2, base))
-    for a in range(base):
-        for b in range(base):
-            for carry, weight in ((0, 1 - p), (1, p)):
-                joint[(a + b + carry) // base, (a + b + carry) % base] += weight / base ** 2
-    return float(entropy(joint.ravel()) - entropy(joint.sum(1)))
-
-
-def teacher_floor(base, k):
-    """Loss of digit k in teacher mode for a model that sees its own column and the answer digits before it: they give
-    away the carry where n_k = base - 1, which leaves the share 1 - 1/base of H(p_k)."""
-    return (1 - 1 / base) * carry_entropy(carry_probability(base, k))
-
-
-# ---- Model ----------------------------------------------------------------------------------------------------------
-
-def names(layer):
-    """Names of the parameters and activations of a layer: plain in the first, W_Q_1 .. in the second."""
-    return {n: n + (f"_{layer}" if layer else "") for n in (
-        "W_Q", "W_K", "W_V", "W_O", "W_in", "b_in", "W_out", "b_out", "attention", "heads", "neurons", "skip")}
-
-
-def init(flags, generator):
+def init(flags, generator, positions=None):
     """Parameters of one run. Every matrix N(0, 1/d_model), W_U N(0, 1/vocab), biases zero."""
-    d = flags.d_model
+    d, hidden = flags.d_model, 4 * flags.d_model
     normal = lambda *shape, scale=d ** -.5: torch.randn(shape, generator=generator) * scale
-    params = {"W_E": normal(flags.vocab, d), "W_pos": normal(flags.positions, d)}
-    for layer in range(flags.n_layers):
-        n = names(layer)
-        params |= {n[m]: normal(d, d) for m in ("W_Q", "W_K", "W_V", "W_O")}
-        if flags.mlp:
-            params |= {n["W_in"]: normal(d, 4 * d), n["b_in"]: torch.zeros(4 * d),
-                       n["W_out"]: normal(4 * d, d), n["b_out"]: torch.zeros(d)}
+    params = {"W_E": normal(flags.vocab, d), "W_pos": normal(positions or 2 * flags.digits + 2, d)}
+    params |= {name: normal(d, d) for name in ("W_Q", "W_K", "W_V", "W_O")}
+    if flags.mlp:
+        params |= {"W_in": normal(d, hidden), "b_in": torch.zeros(hidden),
+                   "W_out": normal(hidden, d), "b_out": torch.zeros(d)}
     return params | {"W_U": normal(d, flags.vocab, scale=flags.vocab ** -.5)}
 
 
-def identity(name, x):
+def unchanged(name, x):
     return x
 
 
-def mlp(params, x, n=names(0), patch=identity):
+def mlp(params, x, patch=unchanged):
     """x + ReLU(x W_in + b_in) W_out + b_out; x itself where the model has no MLP."""
-    if n["W_in"] not in params:
+    if "W_in" not in params:
         return x
-    neurons = patch(n["neurons"], torch.relu(x @ params[n["W_in"]] + params[n["b_in"]]))
-    return patch(n["skip"], x) + neurons @ params[n["W_out"]] + params[n["b_out"]]
+    neurons = patch("neurons", torch.relu(x @ params["W_in"] + params["b_in"]))
+    return patch("skip", x) + neurons @ params["W_out"] + params["b_out"]
 
 
-def forward(params, tokens, n_heads, first=0, patch=identity):
-    """The textbook model: logits [B, T - first, vocab] at positions first.. of tokens [B, T]. The last layer computes no
-    other query. patch(name, activation) -> activation sees, and may change, `embedding` [B, T, d] and in each layer
-    `attention` [B, heads, T - first, T], `heads` [B, heads, T - first, d_head] (before W_O), `neurons`
-    [B, T - first, 4d] and `skip`, the residual stream past the MLP [B, T - first, d]."""
-    x = patch("embedding", params["W_E"][tokens.long()] + params["W_pos"])
-    B, T, d = x.shape
-    causal = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
-    layers = sum(k.startswith("W_Q") for k in params)
-    for layer in range(layers):
-        n, start = names(layer), first if layer == layers - 1 else 0
-        split = lambda y: y.unflatten(-1, (n_heads, d // n_heads)).transpose(1, 2)  # [B, heads, positions, d_head]
-        q, k, v = split(x[:, start:] @ params[n["W_Q"]]), split(x @ params[n["W_K"]]), split(x @ params[n["W_V"]])
-        scores = (q @ k.transpose(-1, -2) / math.sqrt(d // n_heads)).masked_fill(~causal[start:], -math.inf)
-        mixed = patch(n["heads"], patch(n["attention"], scores.softmax(-1)) @ v).transpose(1, 2).flatten(2)
-        x = mlp(params, x[:, start:] + mixed @ params[n["W_O"]], n, patch)
-    return x @ params["W_U"]
+def forward(params, tokens, n_heads, first=0, patch=unchanged):
+    """The textbook model: logits [B, T - first, vocab] at positions first.. of tokens [B, T]. patch(name, x) -> x
+    sees, and may change, `embedding` [B, T, d], `attention` [B, heads, T - first, T], `heads` [B, heads,
+    T - first, d_head] (before W_O), `neurons` [B, T - first, 4d] and `skip` [B, T - first, d], the residual
+    stream past the MLP."""
+    x = patch("embedding", params["W_E"][tokens] + params["W_pos"])
+    T, d = x.shape[1:]
+    split = lambda y: y.unflatten(-1, (n_heads, d // n_heads)).transpose(1, 2)
+    q, k, v = split(x[:, first:] @ params["W_Q"]), split(x @ params["W_K"]), split(x @ params["W_V"])
+    future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)[first:]
+    scores = (q @ k.transpose(-1, -2) / math.sqrt(d // n_heads)).masked_fill(future, -math.inf)
+    mixed = patch("heads", patch("attention", scores.softmax(-1)) @ v)
+    return mlp(params, x[:, first:] + mixed.transpose(1, 2).flatten(2) @ params["W_O"], patch) @ params["W_U"]
 
 
 def tables(params, n_heads):
-    """All that attention of `=` can see in one layer. The query is one constant vector, keys and values are sums of a
-    token's and a position's part: token scores [heads, vocab], position scores [heads, T], token values [vocab, d],
-    position values [T, d], and the residual vector of `=` [d]."""
+    """All that attention of `=` can see. The query is one constant vector, keys and values are sums of a token's
+    and a position's part: token scores [heads, vocab], position scores [heads, T], token values [vocab, d],
+    position values [T, d]."""
     W_E, W_pos = params["W_E"], params["W_pos"]
     d = W_E.shape[1]
-    equals = W_E[-1] + W_pos[-1]
-    query = (equals @ params["W_Q"]).view(n_heads, -1)
+    query = ((W_E[-1] + W_pos[-1]) @ params["W_Q"]).view(n_heads, -1)
     query = torch.einsum("dhe,he->hd", params["W_K"].view(d, n_heads, -1), query) / math.sqrt(d // n_heads)
-    return query @ W_E.T, query @ W_pos.T, W_E @ params["W_V"], W_pos @ params["W_V"], equals
+    return query @ W_E.T, query @ W_pos.T, W_E @ params["W_V"], W_pos @ params["W_V"]
 
 
 def attend(params, ab, n_heads):
     """Attention of `=` by table look-up: weights of the digits [heads, 2D, B], of `+` and `=` [heads, 2, B], weights
-    summed by digit value [heads, base, B]. The maximum is taken per example: a global one underflows where the scores
-    of small models grow huge."""
-    token_score, position_score, *_ = tables(params, n_heads)
+    summed by digit value [heads, base, B]. The maximum is taken per example: a global one underflows where
+    the scores of small models grow huge."""
+    token_score, place_score, *_ = tables(params, n_heads)
     base, D = token_score.shape[1] - 2, len(ab) // 2
-    value = torch.arange(base, dtype=token_score.dtype, device=ab.device)[:, None, None]
-    digit = (ab.to(value.dtype) == value).to(value.dtype)  # one-hot [base, 2D, B]
-    places = torch.cat([position_score[:, :D], position_score[:, D + 1:2 * D + 1]], 1)
+    value = torch.arange(base, device=ab.device)[:, None, None]
+    digit = (ab == value).to(token_score.dtype)  # one-hot [base, 2D, B]
+    places = torch.cat([place_score[:, :D], place_score[:, D + 1:2 * D + 1]], 1)
     score = (token_score[:, :base] @ digit.flatten(1)).unflatten(1, ab.shape) + places[:, :, None]
-    fixed = torch.stack([position_score[:, D] + token_score[:, base],
-                         position_score[:, -1] + token_score[:, base + 1]], 1)[:, :, None]
+    plus = place_score[:, D] + token_score[:, base]
+    equals = place_score[:, 2 * D + 1] + token_score[:, base + 1]
+    fixed = torch.stack([plus, equals], 1)[:, :, None]
     top = torch.maximum(score.amax(1, keepdim=True), fixed.amax(1, keepdim=True)).detach()
     score, fixed = (score - top).exp(), (fixed - top).exp()
     total = score.sum(1, keepdim=True) + fixed.sum(1, keepdim=True)
@@ -263,32 +203,19 @@ def attend(params, ab, n_heads):
     return score, fixed, (score[:, None] * digit).sum(2)
 
 
-def head_outputs(params, ab, n_heads):
-    """What each head reads, before W_O: [B, heads, d_head]. Token and position parts of the values are mixed apart, so
-    the values of no example are ever formed."""
+def fast_forward(params, ab, n_heads, patch=unchanged):
+    """Logits [B, vocab] at `=`, exactly those of `forward`, from digits ab [2D, B]. Token and position parts of the
+    values are mixed apart, so no example's values are ever formed. patch sees `heads` [B, heads, d_head],
+    `neurons` [B, 4d] and `skip` [B, d]."""
     score, fixed, by_digit = attend(params, ab, n_heads)
-    _, _, token_value, place_value, _ = tables(params, n_heads)
+    _, _, token_value, place_value = tables(params, n_heads)
     base, D = by_digit.shape[1], len(ab) // 2
-    value = torch.cat([token_value[:base], place_value[:D], place_value[D + 1:2 * D + 1],
-                       place_value[D:D + 1] + token_value[base:base + 1],
-                       place_value[-1:] + token_value[base + 1:]])
+    signs = torch.stack([place_value[D], place_value[2 * D + 1]]) + token_value[base:]
+    value = torch.cat([token_value[:base], place_value[:D], place_value[D + 1:2 * D + 1], signs])
     weight = torch.cat([by_digit, score, fixed], 1)  # [heads, base + 2D + 2, B]
-    return torch.einsum("hkb,khe->bhe", weight, value.unflatten(1, (n_heads, -1)))
-
-
-def fast_forward(params, ab, n_heads, patch=identity):
-    """Logits [B, vocab] at `=` of the one-layer model, exactly those of `forward`, from digits ab [2D, B]. patch sees
-    `heads` [B, heads, d_head], `neurons` [B, 4d] and `skip` [B, d]."""
-    equals = params["W_E"][-1] + params["W_pos"][-1]
-    heads = patch("heads", head_outputs(params, ab, n_heads))
-    return mlp(params, equals + heads.flatten(1) @ params["W_O"], patch=patch) @ params["W_U"]
-
-
-def logits_of(flags, params, ab):
-    """Logits [B, vocab] at `=`, by the fast path where there is one."""
-    if flags.n_layers == 1:
-        return fast_forward(params, ab, flags.n_heads)
-    return forward(params, tokens_of(flags, ab), flags.n_heads, first=flags.positions - 1)[:, 0]
+    heads = patch("heads", torch.einsum("hkb,khe->bhe", weight, value.unflatten(1, (n_heads, -1))))
+    equals = params["W_E"][-1] + params["W_pos"][2 * D + 1]
+    return mlp(params, equals + heads.flatten(1) @ params["W_O"], patch) @ params["W_U"]
 
 
 def nll(logits, labels):
@@ -302,396 +229,126 @@ def nll(logits, labels):
     return top + torch.log1p(rest + torch.expm1(-top))
 
 
-# ---- Measures -------------------------------------------------------------------------------------------------------
-
-EXAMPLES = 8192
+# ==== Train ==========================================================================================
 
 
-def evaluation_set(flags):
-    """The same digits [2D, 8192] for every run (a sixteenth of them for --smoke)."""
-    return sample(flags, common.generator(0, "eval"), EXAMPLES // 16 if flags.smoke else EXAMPLES)
-
-
-def delta_spectrum(flags, probs, ab, digit):
-    """D_c(delta) = mean P((n + delta) mod base | carry c) for c = 0, 1: [2, base], and the mass on `+` and `=` [2]. The
-    leading carry has no column: there n = 0."""
-    naive, carry, _ = columns(ab, flags.base)
-    n = naive[digit] if digit < flags.digits else torch.zeros_like(carry[0])
-    shifted = torch.stack([probs.gather(1, ((n + delta) % flags.base).long()[:, None])[:, 0] for delta in range(flags.base)], 1)
-    by_carry = lambda x: torch.stack([x[carry[digit] == c].mean(0) for c in (0, 1)])
-    return by_carry(shifted), by_carry(probs[:, flags.base:].sum(1))
-
-
-def evaluate(flags, params, ab):
-    """One run of the single-digit task on digits ab: loss, accuracy, P(correct), delta spectrum, and its decomposition
-    pair = -ln(P_n + P_{n+1}) (what is lost before the carry is asked for; loss - pair is what the carry costs) and
-    alias = -ln(P_n + P_{n + base/2}) (what is lost by a model that knows n only mod base/2), means in nats."""
-    labels = target(ab, torch.tensor(flags.digit), flags.base)
-    logits = logits_of(flags, params, ab)
-    loss, logp = nll(logits, labels), logits.log_softmax(-1)
-    delta, other = delta_spectrum(flags, logp.exp(), ab, flags.digit)
-    n = columns(ab, flags.base)[0][flags.digit] if flags.digit < flags.digits else torch.zeros_like(labels)
-    both = lambda shift: -torch.logaddexp(*(logp.gather(1, ((n + s) % flags.base).long()[:, None])[:, 0]
-                                            for s in (0, shift))).mean()
-    return {"loss": loss.mean(), "accuracy": (logits.argmax(-1) == labels).float().mean(), "correct": (-loss).exp().mean(),
-            "delta": delta, "other": other, "pair": both(1), "alias": both(flags.base // 2)}
-
-
-def shelf_kind(flags, k, loss, pair, alias):
-    """What a resting loss of digit k means, from the decomposition: `column-blind` (nothing of the column is known),
-    `carry-blind` (the column is, the carry is not: loss - pair is H(p_k)), `alias` (n is known mod base/2 only), `solved`
-    or `between`. The tolerance .15 nats is a stated rule."""
-    floor = floors(flags.base, flags.digits)[k]
-    if loss > floor[0] - .15:
-        return "column-blind"
-    if loss < .01:
-        return "solved"
-    if k and abs(loss - pair - floor[1]) < .15:
-        return "carry-blind"
-    if not k and alias < .15 and abs(loss - alias - math.log(2)) < .15:
-        return "alias"
-    return "between"
-
-
-def geometric(loss, width=10):
-    """Geometric mean over the last `width` steps of loss [T, R]: the curve in which steps and levels are read."""
-    return np.exp(common.smooth(np.log(np.maximum(loss, 1e-38)), width))
-
-
-def milestones(loss, blind):
-    """Per run of loss [T, R] (every step): the step of first descent (10-step mean 0.1 below `blind` [R], the loss that
-    sees nothing), of reaching 1e-3, the lowest 10-step geometric mean and its step, the final one (last 100 steps), the
-    largest regrowth between steps 100 and 600, the number of spikes (above 1e-3 after having been below 1e-4), the first
-    one's step, and the vibration (standard deviation of log loss around its 100-step mean after step 1000). Steps are NaN
-    where they never come."""
-    mean, curve = common.smooth(loss, 10), geometric(loss)
-    when = lambda hit: np.where(hit.any(0), hit.argmax(0) + 1., np.nan)
-    low = np.minimum.accumulate(curve)
-    spikes, first = np.zeros(loss.shape[1]), np.full(loss.shape[1], np.nan)
-    armed = np.zeros(loss.shape[1], bool)
-    for i, row in enumerate(curve):
-        armed |= row < 1e-4
-        new = armed & (row > 1e-3)
-        first = np.where(new & np.isnan(first), i + 1, first)
-        spikes, armed = spikes + new, armed & ~new
-    log = np.log(np.maximum(curve, 1e-38))
-    late = (log - common.smooth(log, 100))[1000:]
-    return {"descent": when(mean < blind - .1), "reach": when(curve < 1e-3), "lowest": low[-1],
-            "lowest_step": curve.argmin(0) + 1., "final": geometric(loss[-100:], 100)[-1],
-            "bump": (curve / np.concatenate([curve[:1], low[:-1]]))[100:600].max(0, initial=1.), "spikes": spikes,
-            "first_spike": first, "vibration": late.std(0) if len(late) else np.full(loss.shape[1], np.nan)}
-
-
-def resting_level(loss, top, bottom):
-    """Where each run of loss [T, R] rests on its way from `top` to `bottom`: [2, R], level and step of the 50 steps over
-    which the 30-step mean moves least; NaN where the run does not pass."""
-    if len(loss) <= 50:
-        return np.full((2, loss.shape[1]), np.nan)
-    mean = common.smooth(loss, 30)
-    still = np.abs(mean[50:] - mean[:-50])
-    inside = (mean[50:] < top) & (mean[:-50] < top) & (mean[50:] > bottom)
-    still = np.where(inside, still, np.inf)
-    at = still.argmin(0) + 50
-    passes = np.isfinite(still.min(0, initial=np.inf))
-    return np.where(passes, [mean[at, np.arange(loss.shape[1])], at + 1.], np.nan)
-
-
-def watch(flags, params, ab, **change):
-    """Logits [B, vocab] at `=` (in study all: [B, D+1, vocab] at every answer position) and activations by name; change:
-    {name: f} puts f(x) in the place of an activation x (an intervention)."""
-    seen = {}
-
-    def patch(name, x):
-        seen[name] = x
-        return change[name](x) if name in change else x
-    if flags.study == "all":
-        return forward(params, tokens_of(flags, ab), flags.n_heads, first=2 * flags.digits + 1, patch=patch), seen
-    return fast_forward(params, ab, flags.n_heads, patch), seen
-
-
-def digit_losses(flags, logits, ab):
-    """Loss of each digit [D+1] from the units up; NaN for digits that the model does not answer."""
-    total = torch.stack(columns(ab, flags.base)[2], 1)
-    if flags.study == "all":
-        return nll(logits, total.flip(1)).mean(0).flip(0)
-    losses = torch.full((flags.digits + 1,), math.nan, dtype=logits.dtype)
-    losses[flags.digit] = nll(logits, total[:, flags.digit]).mean()
-    return losses
-
-
-def evaluate_all(flags, params, ab):
-    """One run of study all on a quarter of the evaluation set: loss and accuracy of each digit [D+1], and their means."""
-    ab = ab[:, :len(ab[0]) // 4]
-    logits = watch(flags, params, ab)[0]
-    right = logits.argmax(-1) == torch.stack(columns(ab, flags.base)[2][::-1], 1)
-    losses = digit_losses(flags, logits, ab)
-    return {"loss": losses.mean(), "accuracy": right.float().mean(), "digit_loss": losses,
-            "digit_accuracy": right.float().mean(0).flip(0)}
-
-
-def flat(x, keep):
-    """x with its batch mean in place of the entries where `keep` (broadcast) is False: mean ablation."""
-    return torch.where(keep, x, x.mean(0, keepdim=True))
-
-
-def ablations(flags, params, ab):
-    """Change of each digit's loss [parts, D+1] when a part is replaced by its mean over the examples: heads in order,
-    then the MLP."""
-    logits, seen = watch(flags, params, ab)
-    base = digit_losses(flags, logits, ab)
-    index = torch.arange(flags.n_heads).view(-1, *[1] * (seen["heads"].ndim - 2))
-    changes = [dict(heads=lambda x, h=h: flat(x, index != h)) for h in range(flags.n_heads)]
-    changes.append(dict(neurons=lambda x: flat(x, torch.tensor(False))))
-    return torch.stack([digit_losses(flags, watch(flags, params, ab, **c)[0], ab) - base for c in changes])
-
-
-def shortcuts(flags, params, ab):
-    """Change of the loss [2] when mean-ablating what the notes quote as negligible: the attention of `=` to itself, and
-    the residual stream's skip past the MLP. (The skip past attention is the constant vector of `=`: its mean ablation
-    changes nothing, exactly.)"""
-    itself = attend(params, ab, flags.n_heads)[1][:, 1]  # [heads, B]
-    token_value, place_value = tables(params, flags.n_heads)[2:4]
-    value = (token_value[-1] + place_value[-1]).view(flags.n_heads, -1)
-    excess = ((itself.mean(1, keepdim=True) - itself).T[:, :, None] * value)
-    loss = lambda **c: digit_losses(flags, watch(flags, params, ab, **c)[0], ab)[flags.digit]
-    return torch.stack([loss(heads=lambda x: x + excess), loss(skip=lambda x: flat(x, torch.tensor(False)))]) - loss()
-
-
-def cascade_losses(flags, params, per_class=2048):
-    """Loss [D+1] of digit k by r, the number of columns just below k that sum to base - 1, so that the carry comes from
-    r columns further down; NaN for r > k. Every class has its own examples: of random ones r = 4 is one in 10,000."""
-    D, k, losses = flags.digits, flags.digit, torch.full((flags.digits + 1,), math.nan)
-    for r in range(k + 1):
-        ab = sample(flags, common.generator(r, "law"), per_class)
-        a, b = ab[:D].flip(0), ab[D:].flip(0)  # views by column, units first
-        b[k - r:k] = flags.base - 1 - a[k - r:k]
-        if k - r - 1 >= 0:  # the next column must not go on with the run
-            column = k - r - 1
-            b[column] = torch.where(a[column] + b[column] == flags.base - 1, (b[column] + 1) % flags.base, b[column])
-        ab = torch.cat([a.flip(0), b.flip(0)])
-        losses[r] = nll(logits_of(flags, params, ab), target(ab, torch.tensor(k), flags.base)).mean()
-    return losses
-
-
-def correlation_ratio(m, classes):
-    """Share of Var(m) that a class label explains, Var(E[m | class]) / Var(m), for m [B, ...] and labels [B] (int): [...].
-    Bias-corrected (Kelley's epsilon squared): 0 in expectation where m does not depend on the label."""
-    m = (m - m.mean(0)).double()
-    labels, index = classes.unique(return_inverse=True)
-    count = torch.bincount(index).view(-1, *[1] * (m.ndim - 1))
-    between = (torch.zeros(len(labels), *m.shape[1:], dtype=m.dtype).index_add_(0, index, m) ** 2 / count).sum(0)
-    total = (m ** 2).sum(0)
-    within = (total - between) / (len(m) - len(labels))
-    return torch.where(total > 0, 1 - within / (total / (len(m) - 1)).clamp(min=1e-300), 0.).float()
-
-
-def neuron_dependence(flags, neurons, ab):
-    """Correlation ratio of every neuron [neurons, 3D]: the 2D digits in reading order, then the columns D-1 .. 0 (the
-    pair a_k, b_k); and for pairs of columns [neurons, D(D-1)/2] (the two column sums), columns j > k in order."""
-    D, base = flags.digits, flags.base
-    a, b = ab[:D].long(), ab[D:].long()
-    single = [correlation_ratio(neurons, x) for x in (*ab.long(), *(a * base + b))]
-    pairs = [correlation_ratio(neurons, (a[i] + b[i]) * 2 * base + a[j] + b[j]) for i in range(D) for j in range(i + 1, D)]
-    return torch.stack(single, -1), torch.stack(pairs, -1) if pairs else torch.zeros(neurons.shape[1], 0)
-
-
-def gradient_input(flags, params, ab, probe):
-    """Mean |gradient times embedding| of a chosen quantity at each position [positions]: `logit` (of the right digit),
-    `neuron:i`, or `head:i` (norm of its output)."""
-    kind, _, index = probe.partition(":")
-    tokens, labels = tokens_of(flags, ab[:, :1024]), target(ab[:, :1024], torch.tensor(flags.digit), flags.base)
-    seen = {}
-
-    def quantity(x):
-        def patch(name, value):
-            seen[name] = value if name != "embedding" or x is None else x
-            return seen[name]
-        logits = forward(params, tokens, flags.n_heads, first=flags.positions - 1, patch=patch)[:, 0]
-        if kind == "neuron":
-            return seen["neurons"][..., int(index)].sum()
-        if kind == "head":
-            return seen["heads"][:, int(index)].norm(dim=-1).sum()
-        return logits.gather(1, labels.long()[:, None]).sum()
-    quantity(None)
-    x = seen["embedding"]
-    return (torch.func.grad(quantity)(x) * x).sum(-1).abs().mean(0)
-
-
-def column_grid(flags, contexts=64):
-    """Every (a_k, b_k) of the model's own column, each with the same random contexts: digits [2D, base^2 * contexts]."""
-    k, D, base = min(flags.digit, flags.digits - 1), flags.digits, flags.base
-    ab = sample(flags, common.generator(1, "eval"), contexts).repeat(1, base ** 2)
-    cell = torch.arange(base ** 2).repeat_interleave(contexts)
-    ab[D - 1 - k], ab[2 * D - 1 - k] = (cell // base).to(ab.dtype), (cell % base).to(ab.dtype)
-    return ab
-
-
-def fourier(flags, params):
-    """The model's own column in the Fourier basis of Z_base x Z_base (Nanda et al. 2023; frequencies w = 1 .. base/2):
-    restricted_loss [] keeps of the logits only what depends on a_k + b_k (the diagonal frequencies) and on the context;
-    excluded_loss [w] removes the diagonal frequency w alone; embedding_spectrum [w] is |W_E|^2 by frequency, normalised;
-    neuron_r2 [neurons, w]: share of a neuron's variance over (a, b) (mean over contexts) in the nine terms
-    {1, cos, sin}(a) x {1, cos, sin}(b) of w, the constant apart; neuron_active [neurons]: share of inputs with m > 0;
-    term_energy [2, w, 4]: power in the terms of a, of b, of a + b, of a - b, for neurons (before) and logits (after
-    W_out W_U)."""
-    base, ab = flags.base, column_grid(flags)
-    logits, seen = watch(flags, params, ab)
-    grid = lambda x: x.unflatten(0, (base, base, -1))  # [a, b, contexts, ...]
-    logits, labels = grid(logits), grid(target(ab, torch.tensor(flags.digit), base))
-    power = torch.fft.fft2(logits, dim=(0, 1))
-    w = torch.arange(1, base // 2 + 1)
-    diagonal = torch.zeros(len(w), base, base, dtype=torch.bool)
-    for i, f in enumerate(w.tolist()):
-        diagonal[i, f, f] = diagonal[i, -f % base, -f % base] = True
-    keep = diagonal.any(0)
-    keep[0, 0] = True
-    loss = lambda mask: nll(torch.fft.ifft2(power * mask[..., None, None], dim=(0, 1)).real, labels).mean()
-    out = {"restricted_loss": loss(keep), "excluded_loss": torch.stack([loss(~d) for d in diagonal]),
-           "full_loss": nll(logits, labels).mean()}
-    spectrum = torch.fft.fft(params["W_E"][:base], dim=0).abs().square().sum(1)
-    spectrum = torch.stack([spectrum[list({f, -f % base})].sum() for f in w.tolist()])
-    out["embedding_spectrum"] = spectrum / spectrum.sum()
-    energy = lambda x: torch.fft.fft2(x, dim=(0, 1)).abs().square()  # [a freq, b freq, ...]
-    after = energy(logits.mean(2)).sum(-1)
-    if "neurons" not in seen:
-        return out | {"term_energy": torch.stack([terms(after, w), terms(after, w)])}
-    neurons = grid(seen["neurons"])
-    before = energy(neurons.mean(2))
-    total = before.sum((0, 1)) - before[0, 0]
-    nine = torch.stack([sum(before[i, j] for i in {0, f, -f % base} for j in {0, f, -f % base}) - before[0, 0]
-                        for f in w.tolist()], -1)
-    return out | {"neuron_r2": torch.where(total > 1e-12, nine.T / total, 0.).T,
-                  "neuron_active": (neurons > 0).float().mean((0, 1, 2)),
-                  "term_energy": torch.stack([terms(before.sum(-1), w), terms(after, w)])}
-
-
-def terms(energy, w):
-    """Power [w, 4] of the 2-D spectrum [a freq, b freq] of a real function in the terms of a, of b, of a + b and of a - b,
-    normalised to sum one. At w = base/2 the last two are the same function: it counts as a + b."""
-    base = len(energy)
-    half = 2 * w == base
-    power = torch.stack([energy[w, 0], energy[0, w], energy[w, w], energy[w, -w % base].masked_fill(half, 0)], -1)
-    power = power * (2 - half.to(power.dtype))[:, None]  # w and -w
-    return power / power.sum().clamp(min=1e-30)
-
-
-def matrices(flags, params):
-    """The effective matrices that fix the one-layer model, exactly: scores [heads, positions, vocab] of `=`; what a head
-    writes to the logits when it reads a token, ov_token [heads, vocab, vocab], or a position, ov_place [heads, positions,
-    vocab]; neurons to logits [4d, vocab]."""
-    token_score, place_score, token_value, place_value, _ = tables(params, flags.n_heads)
-    split = lambda v: v.unflatten(1, (flags.n_heads, -1)).transpose(0, 1)
-    out = params["W_O"].unflatten(0, (flags.n_heads, -1)) @ params["W_U"]
-    found = {"scores": place_score[:, :, None] + token_score[:, None], "ov_token": split(token_value) @ out,
-             "ov_place": split(place_value) @ out}
-    return found | ({"neuron_logits": params["W_out"] @ params["W_U"]} if "W_out" in params else {})
-
-
-def place_similarity(flags, params, draws=1000):
-    """Are the position vectors of a_k and b_k alike? cosine and relative distance |x-y|^2 / (|x| |y|) per column from the
-    units up, and their 1 %, 50 % and 99 % quantiles when the coordinates of y are permuted at random: [D, 2, 4]."""
-    D, x = flags.digits, params["W_pos"]
-    a, b = x[:D].flip(0), x[D + 1:2 * D + 1].flip(0)
-    g = common.generator(0, "law")
-    shuffle = torch.stack([torch.randperm(x.shape[1], generator=g) for _ in range(draws)])
-    size = a.norm(dim=1) * b.norm(dim=1)
-    both = lambda y: torch.stack([(a * y).sum(-1) / size, (a - y).square().sum(-1) / size], -1)  # [..., D, 2]
-    null = both(b[:, shuffle].transpose(0, 1)).quantile(torch.tensor([.01, .5, .99], dtype=x.dtype), 0)  # [3, D, 2]
-    return torch.cat([both(b)[None], null]).permute(1, 2, 0)
-
-
-def anatomy(flags, params, ab):
-    """Everything that is measured on one trained one-layer model; keys as in arrays.npz."""
-    logits, seen = watch(flags, params, ab)
-    score, fixed, _ = (x.mean(-1) for x in attend(params, ab, flags.n_heads))
-    D = flags.digits
-    found = {"attention": torch.cat([score[:, :D], fixed[:, :1], score[:, D:], fixed[:, 1:]], 1),
-             "ablation": ablations(flags, params, ab),
-             "cascade_loss": cascade_losses(flags, params), "gradient_input": gradient_input(flags, params, ab, flags.probe),
-             "shortcuts": shortcuts(flags, params, ab), "place_similarity": place_similarity(flags, params),
-             "delta_spectrum": evaluate(flags, params, ab)["delta"], **fourier(flags, params), **matrices(flags, params)}
-    if "neurons" in seen:
-        single, pairs = neuron_dependence(flags, seen["neurons"], ab)
-        weight = seen["neurons"].var(0) / seen["neurons"].var(0).sum()
-        found |= {"neuron_dependence": single, "neuron_pairs": pairs, "dependence_mean": weight @ single,
-                  "pairs_mean": weight @ pairs}
-        group = single[:, -D:].flip(1).argmax(1)  # the column that a neuron depends on most, from the units up
-        loss = lambda **change: digit_losses(flags, watch(flags, params, ab, **change)[0], ab)[flags.digit]
-        found["ablation_group"] = torch.stack([loss(neurons=lambda x, c=c: flat(x, group != c)) for c in range(D)]) - loss()
-    return found
-
-
-def develop(flags, params, ab):
-    """The measures that are followed over training, on one snapshot."""
-    found = {k: v for k, v in fourier(flags, params).items() if k in ("full_loss", "restricted_loss", "excluded_loss")}
-    found["ablation"] = ablations(flags, params, ab)
-    seen = watch(flags, params, ab)[1]
-    if "neurons" in seen:
-        weight = seen["neurons"].var(0) / seen["neurons"].var(0).sum()
-        found["dependence_mean"] = weight @ neuron_dependence(flags, seen["neurons"], ab)[0]
-    return found
-
-
-# ---- Train ----------------------------------------------------------------------------------------------------------
-
-def start(flags):
+def start(run):
     """Step 0 of one run."""
-    params = init(flags, common.generator(flags.seed, "init"))
+    params = init(run, common.generator(run.seed, "init"))
     return {"params": params, **common.adam_init(params)}
 
 
-def step_of(flags):
-    """The training step of ONE run: state and digits ab [2D, batch] -> new state, logs."""
-    def loss_of(params, ab, digit):
-        if flags.study == "all":
-            logits = forward(params, tokens_of(flags, ab), flags.n_heads, first=2 * flags.digits + 1)
-            return nll(logits, torch.stack(columns(ab, flags.base)[2][::-1], 1)).mean()
-        return nll(logits_of(flags, params, ab), target(ab, digit, flags.base)).mean()
+def digit_loss(flags, params, ab, digit):
+    """Mean loss of digit number `digit` at `=`, in nats."""
+    return nll(fast_forward(params, ab, flags.n_heads), pick(columns(ab, flags.base)[2], digit)).mean()
 
-    def step(state, ab, number):
-        grads, loss = grad_and_value(loss_of)(state["params"], ab, number["digit"])
+
+def step_of(flags, loss_of=digit_loss):
+    """The training step of ONE run."""
+    def step(state, number):
+        ab = sample(flags, common.key(number["seed"], 0, state["t"]), flags.batch)
+        loss_at = lambda params: loss_of(flags, params, ab, number["digit"])
+        grads, loss = grad_and_value(loss_at)(state["params"])
         size = common.norm(grads)
         scale = torch.where((number["clip"] > 0) & (size > number["clip"]), number["clip"] / size, 1.)
         grads = {k: scale * g for k, g in grads.items()}
         lr = number["lr"] * ((state["t"] + 1) / number["warmup"]).clamp(max=1)
         params, optimiser = common.adamw(state["params"], grads, state, lr, number["weight_decay"],
                                          number["beta1"], number["beta2"], number["eps"])
-        logs = {"loss": loss, "grad_norm": size}
-        if flags.study == "spikes":
-            logs |= {"second_moment": sum(v.sum() for v in optimiser["v"].values()).sqrt(), "weight_norm": common.norm(params),
-                     "update_norm": common.norm({k: params[k] - p for k, p in state["params"].items()})}
-        return {"params": params, **optimiser}, logs
+        return {"params": params, **optimiser}, {"loss": loss, "grad_norm": size}
     return step
 
 
-def train(runs, folder, evaluate=evaluate):
-    """Train runs of one shape: `common.train` on fresh digits every step, evaluated on one fixed set."""
-    flags, fixed = runs[0], evaluation_set(runs[0])
-    return common.train(
-        runs, folder, common.stack(start(run) for run in runs), common.numbers(runs), step_of(flags),
-        draw=lambda r, chunk: sample(runs[r], common.generator(runs[r].seed, "train", chunk), common.CHUNK, flags.batch),
-        evaluate=lambda r, params: evaluate(runs[r], params, fixed), eval_at=common.marks(flags.steps, flags.evals),
-        label=f"{flags.study} d_model={flags.d_model} n_heads={flags.n_heads}")
+def evaluate_of(flags):
+    """What is evaluated of ONE run, on fixed digits: loss, accuracy, P(correct); delta [2, base], the mean of
+    P((n + delta) mod base) by carry, and other [2], the mass on `+` and `=`; pair = -ln(P_n + P_{n+1}), lost before
+    the carry is asked for (loss - pair is what the carry costs); alias [divisors], -ln of the mass on n mod
+    m, lost by a model that knows n only mod m, for every m of `divisors`. Means in nats."""
+    ab, base = evaluation_set(flags), flags.base
+    naive, carry, total = columns(ab, base)
+    naive.append(torch.zeros_like(carry[0]))  # the leading carry has no column
+
+    def evaluate(params, number):
+        n, c, labels = (pick(x, number["digit"]) for x in (naive, carry, total))
+        logits = fast_forward(params, ab, flags.n_heads)
+        loss, probs = nll(logits, labels), logits.softmax(-1)
+        near = (n[:, None] + torch.arange(base, device=ab.device)) % base
+        shifted = probs.gather(1, near)  # [B, delta]
+        cost = lambda deltas: -shifted[:, deltas].sum(1).clamp(min=1e-38).log().mean()
+        by_carry = lambda x: torch.stack([(x * (c == i)[:, None]).sum(0) / (c == i).sum() for i in (0, 1)])
+        return {"loss": loss.mean(), "accuracy": (logits.argmax(-1) == labels).float().mean(),
+                "correct": (-loss).exp().mean(), "delta": by_carry(shifted),
+                "other": by_carry(probs[:, base:]).sum(1), "pair": cost(slice(0, 2)),
+                "alias": torch.stack([cost(slice(0, base, m)) for m in divisors(base)])}
+    return evaluate
 
 
-# ---- Figures --------------------------------------------------------------------------------------------------------
+def divisors(base):
+    """The moduli m < base that divide the base, 1 apart: what a model may know of n instead of n."""
+    return [m for m in range(1, base) if base % m == 0]
 
-DIGITS = ["units", "tens", "hundreds", "thousands"]
-BLUE, RED, GREEN, PINK, ORANGE = common.COLOURS[:5]
-STEPS = dict(xscale="log", xlabel="step (0 is drawn at 0.7)")  # axis settings of a development over training
+
+def geometric(loss, width=10):
+    """Geometric mean over the last `width` steps of loss [T, R]: the curve in which levels are read."""
+    return np.exp(common.smooth(np.log(np.maximum(loss, 1e-38)), width))
+
+
+def milestones(runs, metrics):
+    """Per run: accuracy, and of the loss [T, R] at every step the step of first descent (10-step mean 0.1 below the
+    loss that sees nothing) and of reaching 1e-3, infinite where it never comes; the lowest 10-step geometric mean
+    and its step; the final one (last 100 steps); the largest regrowth between steps 100 and 600; the number
+    of spikes (above 1e-3 after having been below 1e-4) and the step of the first; the vibration (standard
+    deviation of log loss around its 100-step mean after step 1000)."""
+    loss = np.asarray(metrics["loss"], float)
+    blind = np.array([floors(r.base, r.digits)[r.digit, 0] for r in runs])
+    curve = geometric(loss)
+    low = np.fmin.accumulate(curve)
+    when = lambda hit: np.where(hit.any(0), hit.argmax(0) + 1., np.inf)
+    spikes, first = np.zeros(len(runs)), np.full(len(runs), np.inf)
+    armed = np.zeros(len(runs), bool)
+    for i, row in enumerate(curve):
+        armed |= row < 1e-4
+        new = armed & (row > 1e-3)
+        first = np.where(new & np.isinf(first), i + 1, first)
+        spikes, armed = spikes + new, armed & ~new
+    log = np.log(np.maximum(curve, 1e-38))
+    late = (log - common.smooth(log, 100))[1000:]
+    bump = (curve / np.concatenate([curve[:1], low[:-1]]))[100:600]
+    found = {"descent": when(common.smooth(loss, 10) < blind - .1), "reach": when(curve < 1e-3),
+             "lowest": low[-1], "lowest_step": (curve == low[-1]).argmax(0) + 1., "spikes": spikes,
+             "final": geometric(loss[-100:], 100)[-1], "bump": bump.max(0, initial=1.), "first_spike": first,
+             "vibration": late.std(0) if len(late) else np.full(len(runs), np.nan)}
+    lost = np.isnan(loss[-1])  # diverged or stopped: without a value
+    return {"accuracy": metrics["eval_accuracy"][-1],
+            **{k: np.where(lost, np.nan, v) for k, v in found.items()}}
+
+
+def train(flags, folder, groups=None, step_of=step_of, evaluate_of=evaluate_of, start=start, final=milestones):
+    """Train the runs of these flags (or groups of runs) on fresh digits; see `common.train`."""
+    return common.train(groups or common.groups_of_runs(flags), folder, start, step_of, evaluate_of,
+                        eval_at=lambda run: common.marks(run.steps, run.evals), final=final)
 
 
 def digit_name(flags, k):
-    return "leading carry" if k == flags.digits else DIGITS[k] if k < 4 else f"10^{k}s"
+    names = ["units", "tens", "hundreds", "thousands"]
+    return "leading carry" if k == flags.digits else names[k] if k < 4 else f"10^{k}s"
 
 
-def shelves(ax, flags, k):
-    """The exact levels that a loss curve of digit k can rest on, dashed and labelled."""
-    levels = floors(flags.base, flags.digits)[k]
-    common.shelf(ax, levels[0], f"sees nothing: {levels[0]:.4g}")
-    for seen, value in enumerate(levels[1:], 1):
-        if np.isfinite(value) and value > 0:
-            common.shelf(ax, value, f"sees {seen} column{'s' * (seen > 1)}: {value:.4g}")
+def curves(trained):
+    """The arrays of trained groups side by side: step [T], eval_step [M], loss, grad_norm [T, R], eval_* [M, R, ...],
+    milestones, digit and config [R], and delta_spectrum [R, 2, base], the last of eval_delta."""
+    arrays = common.side_by_side(trained)
+    runs = [run for t in trained for run in t.runs]
+    arrays |= {k: np.concatenate([t.final[k] for t in trained]) for k in trained[0].final if k != "loss"}
+    name = lambda r: f"{digit_name(r, r.digit)} {r.d_model}/{r.n_heads} decay {r.weight_decay:g}"
+    return arrays | {"digit": np.array([r.digit for r in runs]), "config": np.array([name(r) for r in runs]),
+                     "delta_spectrum": arrays["eval_delta"][-1]}
+
+
+# ==== Figures that several studies share =============================================================
+
+BLUE, RED, GREEN, PINK, ORANGE = common.COLOURS[:5]
+STEPS = dict(xscale="log", xlabel="step (0 is drawn at 0.7)")
 
 
 def configurations(arrays, limit):
@@ -701,428 +358,850 @@ def configurations(arrays, limit):
         yield name, mine, int(arrays["digit"][mine][0])
 
 
-def draw_curves(arrays, flags):
-    """Loss of every configuration over training, with the exact shelves and the step of first descent."""
-    parts = list(configurations(arrays, 4))
-    figure, axes = common.panels(len(parts), "When does each digit's loss leave its shelf?", flags)
-    for ax, (name, mine, k) in zip(axes, parts):
-        common.band(ax, arrays["step"], geometric(arrays["loss"][:, mine]), "training loss, 10-step mean", BLUE)
-        shelves(ax, flags, k)
-        steps = arrays["descent"][mine]
-        ax.plot(steps, np.full(len(steps), arrays["loss"][0, mine].max() * 1.6), "v", color=RED, ms=4, label="first descent")
-        ax.set(xscale="log", yscale="log", xlabel="step", ylabel="loss (nats)", title=name)
-        ax.legend(fontsize=7, loc="lower left")
-    return figure
+def shelves(ax, flags, k):
+    """The exact levels that a loss curve of digit k can rest on, dashed and labelled."""
+    levels = floors(flags.base, flags.digits)[k]
+    common.shelf(ax, levels[0], f"sees nothing: {levels[0]:.4g}")
+    for seen, value in enumerate(levels[1:], 1):
+        if value > 0:
+            common.shelf(ax, value, f"sees {seen} column{'s' * (seen > 1)}, no carry: {value:.4g}")
 
 
-def draw_delta(arrays, flags):
-    """Where the probability mass lies relative to the naive digit n = (a_k + b_k) mod base, over training and at the end."""
-    parts = list(configurations(arrays, 2))
-    figure, axes = common.panels(2 * len(parts),
-                                 "Where the answer lies: its distance from the naive digit n = (a_k + b_k) mod base", flags)
-    for row, (name, mine, k) in enumerate(parts):
-        spectrum, x = arrays["eval_delta"][:, mine], np.maximum(arrays["eval_step"], .7)  # [M, R, carry, delta]
-        carries = (0, 1) if k else (0,)  # no carry enters the units
-        over, end = axes[2 * row:2 * row + 2]
-        for c, delta, colour in ((0, 0, BLUE), (0, 1, RED), (1, 0, GREEN), (1, 1, PINK)):
-            if c in carries:
-                common.band(over, x, spectrum[:, :, c, delta], f"P(n{' + 1' * delta} | carry {c})", colour)
-        over.set(**STEPS, ylim=(0, 1.02), ylabel="mean probability", title=f"{name}: over training")
-        for c in carries:
-            end.bar(np.arange(flags.base) + .4 * (c - .5), np.nanmedian(spectrum[-1, :, c], 0), .4, color=(BLUE, RED)[c],
-                    label=f"carry {c}, median of {mine.sum()} runs")
-        end.set(xlabel="delta = (answer - n) mod base", ylabel="mean probability", ylim=(0, 1.02), xticks=range(flags.base),
-                title=f"{name}: at the end")
-        for ax in (over, end):
-            common.shelf(ax, 1 / flags.base, "chance, 1/base")
-            ax.legend(fontsize=7)
-    return figure
+# ==== Studies ========================================================================================
 
 
-def draw_decomposition(arrays, flags):
-    """Loss split into what is lost before the carry is asked for (pair) and what the carry costs (the rest)."""
-    parts = list(configurations(arrays, 4))
-    figure, axes = common.panels(len(parts), "What the loss consists of: pair = -ln(P_n + P_n+1), and the carry's part", flags)
-    for ax, (name, mine, k) in zip(axes, parts):
-        x, pair = np.maximum(arrays["eval_step"], .7), arrays["eval_pair"][:, mine]
-        common.band(ax, x, arrays["eval_loss"][:, mine], "loss", BLUE)
-        common.band(ax, x, pair, "pair: the column is not known", RED)
-        common.band(ax, x, np.maximum(arrays["eval_loss"][:, mine] - pair, 0), "loss - pair: the carry is not known", GREEN)
-        shelves(ax, flags, k)
-        ax.set(**STEPS, ylim=(0, None), ylabel="nats on the evaluation set", title=name)
-        ax.legend(fontsize=7)
-    return figure
+class Digit(common.Study):
+    """When do units and tens leave their shelves?
 
+    arrays: see `curves`; rest_level, rest_step [R], where a run rests on its way from the blind level to .5."""
+    defaults = dict(sweep=["digit=0,1"], steps=1200, evals=24)
+    smoke = SMOKE
 
-def draw_theory(arrays, flags):
-    """The exact loss floors by digit and columns seen, and the carry probabilities."""
-    figure, (left, right) = common.panels(2, f"What can be known: base {flags.base}, {flags.digits} digits (exact)", flags)
-    for k, levels in enumerate(arrays["floor"]):
-        good = np.isfinite(levels) & (levels > 0)
-        left.plot(np.arange(len(levels))[good], levels[good], "o-", color=common.COLOURS[k % 8], ms=3,
-                  label=digit_name(flags, k))
-    left.set(yscale="log", xlabel="columns seen, from the own one down", ylabel="Bayes-optimal loss (nats)",
-             xticks=range(flags.digits + 1))
-    left.legend(fontsize=7)
-    right.plot(arrays["carry_probability"], "o-", color=BLUE, label="P(carry into column k) = (1 - base^-k)/2")
-    right.plot(range(1, flags.digits + 1), arrays["half_seen"][1:], "s--", color=RED,
-               label="floor: own column and one digit of the next (nats)")
-    right.plot(range(1, flags.digits), arrays["teacher_floor"][1:-1], "^--", color=GREEN,
-               label="floor: own column and earlier answers (nats)")
-    right.set(xlabel="column k", ylabel="probability, or nats", ylim=(0, 1))
-    right.legend(fontsize=7)
-    return figure
+    def compute(flags, folder):
+        arrays = curves(train(flags, folder))
+        top = floors(flags.base, flags.digits)[arrays["digit"], 0] - .1
+        arrays["rest_level"], arrays["rest_step"] = Digit.resting_level(arrays["loss"], top, .5)
+        return arrays
 
+    def resting_level(loss, top, bottom):
+        """Level and step [2, R] of the 50 steps over which the 30-step mean of loss [T, R] moves least while it is
+        between bottom and top [R]; NaN for a run that does not pass there."""
+        mean = common.smooth(loss, 30)
+        then, now = mean[:-50], mean[50:]
+        still = np.where((now < top) & (then < top) & (now > bottom), np.abs(now - then), np.inf)
+        if not len(still):
+            return np.full((2, loss.shape[1]), np.nan)
+        at, run = still.argmin(0), np.arange(loss.shape[1])
+        return np.where(np.isfinite(still[at, run]), [now[at, run], at + 51.], np.nan)
 
-def draw_all(arrays, flags):
-    """Loss of every answer digit over training, one panel for each answer mode."""
-    parts = list(configurations(arrays, 2))
-    figure, axes = common.panels(len(parts), "All digits at once: which is learned when?", flags)
-    for ax, (name, mine, _) in zip(axes, parts):
-        for k in range(flags.digits + 1):
-            common.band(ax, np.maximum(arrays["eval_step"], .7), arrays["eval_digit_loss"][:, mine, k], digit_name(flags, k),
-                        common.COLOURS[k % 8])
-        if "teacher" in name:
-            common.shelf(ax, teacher_floor(flags.base, 2), "own column and earlier answers", side="left")
-            common.shelf(ax, leading_entropy(flags.base, flags.digits), "next to leading digit, sees only the leading one",
-                         side="left")
-        common.shelf(ax, carry_entropy(carry_probability(flags.base, 2)), "own column, no carry")
-        common.shelf(ax, math.log(flags.base), "log base")
-        ax.set(**STEPS, yscale="log", ylim=(1e-5, 5), ylabel="loss (nats)", title=name)
-        ax.legend(fontsize=6.5, loc="lower left")
-    return figure
+    def claims(arrays, say):
+        units, tens = arrays["digit"] == 0, arrays["digit"] == 1
+        for mine, name in (units, "units"), (tens, "tens"):
+            say(f"{name}-descend", f"the {name} at 128/4 leave log 10 at step 100 to 240",
+                NOTES + "first descent at 120", arrays["descent"][mine], "in", (100, 240))
+        say("units-zero", "the units' loss falls below 1e-7", NOTES + "descent to 8e-9 & stability",
+            arrays["lowest"][units], "<", 1e-7)
+        say("tens-shelf", "the tens' first shelf lies at .72 to .86 nats", NOTES + "a consistent 0.8-step",
+            arrays["rest_level"][tens], "in", (.72, .86))
+        # on the shelf: at the evaluation nearest to it, what the loss consists of
+        rest = np.nan_to_num(arrays["rest_step"][tens])
+        at = np.abs(np.log(arrays["eval_step"][:, None] + 1) - np.log(rest + 1)).argmin(0)
+        value = lambda key: arrays[key][:, tens][at, np.arange(tens.sum())]
+        carry = value("eval_loss") - value("eval_pair")
+        say("tens-shelf-carry", "on that shelf the carry costs H(c_1) = .688 nats, to .1: it is not known at all",
+            NOTES + "log2; p(naive-sum-digit), p(naive-sum-digit+1)", carry, "in", (.588, .788))
+        say("tens-shelf-column", "and the column costs less than .15 nats: it is known", NOTES +
+            "the theory that it learns to choose between the two possible ones", value("eval_pair"), "<", .15)
 
-
-def position_names(flags):
-    D = flags.digits
-    return [f"a{k}" for k in range(D - 1, -1, -1)] + ["+"] + [f"b{k}" for k in range(D - 1, -1, -1)] + ["="]
-
-
-def token_names(flags):
-    return [format(t, "x") for t in range(flags.base)] + ["+", "="]
-
-
-def draw_attention(arrays, flags):
-    """Where `=` looks, and the exact score table behind it, of the first run of each configuration."""
-    parts = list(configurations(arrays, 2))
-    figure, axes = common.panels(2 * len(parts),
-                                 "Attention of `=`: mean weight, and the exact score of every token at every position", flags)
-    for row, (name, mine, k) in enumerate(parts):
-        left, right = axes[2 * row:2 * row + 2]
-        common.image(left, arrays["attention"][mine][0], f"{name}: mean attention, run 0", figure, "position", "head", (0, 1))
-        left.set(xticks=range(flags.positions), xticklabels=position_names(flags), yticks=range(min(flags.n_heads, 16)))
-        head = int(arrays["attention"][mine][0][:, [flags.digits - 1 - min(k, flags.digits - 1)]].sum(1).argmax())
-        scores = arrays["scores"][mine][0, head]
-        common.image(right, (scores - scores.mean()).T, f"scores of head {head} (its mean removed)", figure, "position",
-                     "token")
-        right.set(xticks=range(flags.positions), xticklabels=position_names(flags), yticks=range(flags.vocab),
-                  yticklabels=token_names(flags))
-        for ax in (left, right):
-            ax.tick_params(labelsize=7)
-    return figure
-
-
-def draw_dependence(arrays, flags):
-    """Which inputs the neurons depend on, and what breaks when a part is mean-ablated."""
-    D, parts = flags.digits, list(configurations(arrays, 2))
-    figure, axes = common.panels(2 * len(parts), "Which inputs matter to the neurons, and which parts to the answer", flags)
-    inputs = [n for n in position_names(flags) if n not in "+="] + [f"col {k}" for k in range(D - 1, -1, -1)]
-    for row, (name, mine, k) in enumerate(parts):
-        left, right = axes[2 * row:2 * row + 2]
-        for key, x, n, colour in (("dependence_mean", np.arange(3 * D), "digits, columns", BLUE),
-                                  ("pairs_mean", 3 * D + np.arange(D * (D - 1) // 2), "pairs of columns", RED)):
-            if key in arrays and len(x):
-                left.bar(x, np.median(arrays[key][mine], 0), color=colour, label=f"{n}, median of {mine.sum()} runs")
-                left.plot(x, arrays[key][mine].T, ".", color="black", ms=2)
-        pairs = [f"{i},{j}" for i in range(D - 1, -1, -1) for j in range(i - 1, -1, -1)]
-        left.set(xticks=range(3 * D + len(pairs)), ylabel="share of neurons' variance", title=f"{name}: correlation ratio")
-        left.set_xticklabels(inputs + pairs, rotation=90, fontsize=6)
-        if "dependence_mean" in arrays:
-            left.legend(fontsize=7, loc="upper left")
-        labels = [f"head {h}" for h in range(flags.n_heads)] + ["MLP", "= to itself", "skip past MLP"]
-        change = [arrays["ablation"][mine][:, :, k], arrays["shortcuts"][mine]]
-        if "ablation_group" in arrays:
-            labels, change = labels + [f"col-{c} neurons" for c in range(D)], [*change, arrays["ablation_group"][mine]]
-        change = np.concatenate(change, 1)
-        if len(labels) > 24:
-            labels, change = labels[flags.n_heads:], change[:, flags.n_heads:]
-        right.bar(range(len(labels)), np.median(change, 0), color=GREEN, label=f"median of {mine.sum()} runs")
-        right.plot(change.T, ".", color="black", ms=3)
-        right.set(xticks=range(len(labels)), ylabel="increase of the loss (nats)", title=f"{name}: mean ablation")
-        right.set_xticklabels(labels, rotation=90, fontsize=6)
-        right.set_yscale("symlog", linthresh=1e-3)
-        common.shelf(right, floors(flags.base, D)[k, 0], "to seeing nothing")
-        right.legend(fontsize=7)
-    return figure
-
-
-def draw_fourier(arrays, flags):
-    """Is the column added as an angle? Frequencies of embedding, neurons and logits, and what each is needed for."""
-    mine = next(configurations(arrays, 1))[1]
-    name, w = arrays["config"][mine][0], np.arange(1, flags.base // 2 + 1)
-    figure, (a, b, c, d) = common.panels(4, f"{name}: the column in the Fourier basis", flags)
-    spectra = ((arrays["embedding_spectrum"][mine], "W_E", BLUE, -.2),
-               (arrays["term_energy"][mine][:, 1, :, 2], "logits, terms of a+b", RED, .2))
-    for values, label, colour, shift in spectra:
-        a.bar(w + shift, np.median(values, 0), .4, color=colour, label=f"{label}, median of {mine.sum()} runs")
-        a.plot(w + shift, values.T, ".", color="black", ms=3)
-    a.set(xlabel="frequency", ylabel="share of power", xticks=w, title="Which frequencies are used")
-    common.shelf(a, 1 / len(w), "evenly spread")
-    b.bar(w, np.median(arrays["excluded_loss"][mine], 0), color=BLUE, label=f"excluded loss, median of {mine.sum()} runs")
-    b.plot(w, arrays["excluded_loss"][mine].T, ".", color="black", ms=3)
-    common.shelf(b, np.median(arrays["full_loss"][mine]), "full loss")
-    common.shelf(b, np.median(arrays["restricted_loss"][mine]), "restricted loss (functions of a+b only)", RED)
-    b.set(xlabel="frequency of a+b removed from the logits", ylabel="loss (nats)", xticks=w, yscale="log",
-          title="Which are needed")
-    before, after = (arrays["term_energy"][mine][:, i].sum(1) for i in (0, 1))
-    for values, label, colour, shift in ((before, "neurons", BLUE, -.2), (after, "logits, after W_out W_U", RED, .2)):
-        c.bar(np.arange(4) + shift, np.median(values, 0), .4, color=colour, label=label)
-        c.plot(np.arange(4) + shift, values.T, ".", color="black", ms=3)
-    c.set(xticks=range(4), xticklabels=["of a", "of b", "of a+b", "of a-b"], ylabel="share of power",
-          title="What W_out W_U cancels")
-    if "neuron_r2" in arrays:
-        best = arrays["neuron_r2"][mine].max(-1).ravel()
-        d.hist(best, np.linspace(0, 1, 41), color=GREEN, label=f"{mine.sum()} runs, all neurons")
-        always = (arrays["neuron_active"][mine] > .99).mean()
-        d.set(xlabel="R^2 of the nine terms of the best frequency", ylabel="neurons",
-              title=f"{always:.0%} of the neurons are always active")
-    for ax in (a, b, c, d)[:4 if "neuron_r2" in arrays else 3]:
-        ax.legend(fontsize=7)
-    return figure
-
-
-def draw_matrices(arrays, flags):
-    """The effective matrices of the first run: exact, no example involved."""
-    name, mine, k = next(configurations(arrays, 1))
-    figure, (a, b, c, d) = common.panels(4, f"{name}, run 0: the matrices that fix the model", flags)
-    D = flags.digits
-    head = int(arrays["attention"][mine][0][:, D - 1 - min(k, D - 1)].argmax())
-    common.image(a, arrays["ov_token"][mine][0, head], f"head {head}: token read -> logits", figure, "logit", "token read")
-    common.image(b, arrays["ov_place"][mine][0, head], f"head {head}: position read -> logits", figure, "logit", "position")
-    b.set(yticks=range(flags.positions), yticklabels=position_names(flags))
-    if "neuron_logits" in arrays:
-        rows = arrays["neuron_logits"][mine][0][np.argsort(arrays["neuron_r2"][mine][0].argmax(-1), kind="stable")]
-        common.image(c, rows, "neurons -> logits (ordered by frequency)", figure, "logit", "neuron")
-    x = np.arange(D)
-    for i, (label, colour) in enumerate((("cosine", BLUE), ("|x-y|^2 / |x||y|", RED))):
-        values = arrays["place_similarity"][mine][:, :, i]  # [R, D, observed and null quantiles]
-        d.plot(x, values[..., 0].T, "o", color=colour, ms=4)
-        d.plot([], [], "o", color=colour, label=f"{label}, {mine.sum()} runs")
-        d.fill_between(x, values[..., 1].min(0), values[..., 3].max(0), color=colour, alpha=.2, lw=0,
-                       label="98 % of permuted coordinates")
-    d.set(xlabel="column k", xticks=x, title="position vectors of a_k and b_k", ylabel="similarity")
-    d.legend(fontsize=6.5)
-    for ax in (a, b, c):
-        ax.tick_params(labelsize=7)
-        ax.set(xticks=range(flags.vocab), xticklabels=token_names(flags))
-    return figure
-
-
-def draw_cascade(arrays, flags):
-    """Loss by the length of the carry's way, and the second opinion on which positions matter."""
-    parts = list(configurations(arrays, 4))
-    figure, (left, right) = common.panels(2, "How far does the carry come from, and where does the answer look?", flags)
-    for i, (name, mine, k) in enumerate(parts):
-        common.band(left, np.arange(k + 1), arrays["cascade_loss"][mine][:, :k + 1].T, name, common.COLOURS[i])
-        right.plot(arrays["gradient_input"][mine].T, "-", color=common.COLOURS[i], lw=.8)
-        right.plot([], [], color=common.COLOURS[i], label=f"{name} ({mine.sum()} runs)")
-        left.plot(range(k + 1), np.median(arrays["cascade_loss"][mine][:, :k + 1], 0), "o", color=common.COLOURS[i], ms=4)
-    left.set(yscale="log", xlabel="columns just below k that sum to base - 1", ylabel="loss (nats)",
-             xticks=range(max(k for *_, k in parts) + 1))
-    right.set(xticks=range(flags.positions), xticklabels=position_names(flags), yscale="log", xlabel="position",
-              ylabel=f"mean |gradient x input| of {flags.probe}")
-    common.shelf(left, math.log(flags.base), "log base")
-    for ax in (left, right):
-        ax.legend(fontsize=7)
-    return figure
-
-
-def draw_development(arrays, flags):
-    """When each circuit appears: loss with a frequency removed, and with heads or the MLP ablated, over training."""
-    parts = list(configurations(arrays, 2)) if "over_step" in arrays else []
-    if not parts:  # a checkpoint has no history
-        figure, (ax,) = common.panels(1, "No snapshots: train with --snapshots to see when each part appears", flags)
+    def draw_curves(arrays, flags):
+        parts = list(configurations(arrays, 4))
+        figure, axes = common.panels(len(parts), "When does each digit's loss leave its shelf?", flags)
+        for ax, (name, mine, k) in zip(axes, parts):
+            common.band(ax, arrays["step"], geometric(arrays["loss"][:, mine]), "training loss, 10-step mean", BLUE)
+            shelves(ax, flags, k)
+            descent = arrays["descent"][mine]
+            ax.plot(descent, np.full(len(descent), 4.), "v", color=RED, ms=4, label="first descent")
+            ax.set(xscale="log", yscale="log", xlabel="step", ylabel="loss (nats)", title=name)
+            ax.legend(fontsize=7, loc="lower left")
         return figure
-    figure, axes = common.panels(2 * len(parts), "When does each part become necessary?", flags)
-    for row, (name, mine, k) in enumerate(parts):
-        left, right = axes[2 * row:2 * row + 2]
+
+    def draw_delta(arrays, flags):
+        parts = list(configurations(arrays, 2))
+        figure, axes = common.panels(2 * len(parts), "Where the answer lies: its distance from the naive digit "
+                                     "n = (a_k + b_k) mod base", flags)
+        for row, (name, mine, k) in enumerate(parts):
+            over, end = axes[2 * row:2 * row + 2]
+            spectrum = arrays["eval_delta"][:, mine]  # [M, R, carry, delta]
+            carries = (0, 1) if k else (0,)  # no carry enters the units
+            for c, delta, colour in ((0, 0, BLUE), (0, 1, RED), (1, 0, GREEN), (1, 1, PINK)):
+                if c in carries:
+                    label = f"P(n{' + 1' * delta} | carry {c})"
+                    common.band(over, np.maximum(arrays["eval_step"], .7), spectrum[:, :, c, delta], label, colour)
+            for c in carries:
+                shift = .4 * c - .2 * (len(carries) - 1)
+                common.bars(end, np.arange(flags.base) + shift, spectrum[-1, :, c], f"carry {c}", (BLUE, RED)[c], .4)
+            over.set(**STEPS, ylim=(0, 1.02), ylabel="mean probability", title=f"{name}: over training")
+            end.set(xlabel="delta = (answer - n) mod base", ylabel="mean probability", ylim=(0, 1.02),
+                    xticks=range(flags.base), title=f"{name}: at the end")
+            for ax in (over, end):
+                common.shelf(ax, 1 / flags.base, "chance, 1/base")
+                ax.legend(fontsize=7)
+        return figure
+
+    def draw_decomposition(arrays, flags):
+        parts = list(configurations(arrays, 4))
+        figure, axes = common.panels(len(parts), "What the loss consists of", flags)
+        for ax, (name, mine, k) in zip(axes, parts):
+            x, loss, pair = np.maximum(arrays["eval_step"], .7), arrays["eval_loss"][:, mine], arrays["eval_pair"][:, mine]
+            common.band(ax, x, loss, "loss", BLUE)
+            if k:
+                common.band(ax, x, pair, "column: -ln(P(n) + P(n + 1))", RED)
+                common.band(ax, x, loss - pair, "carry: the rest", GREEN)
+            for i, m in enumerate(divisors(flags.base)[1:]):
+                if not k:
+                    common.band(ax, x, loss - arrays["eval_alias"][:, mine, i + 1], f"of it, for n given n mod {m}", (RED, GREEN)[i % 2])
+                    common.shelf(ax, math.log(flags.base / m), f"only n mod {m}: {math.log(flags.base / m):.4g}", side="left")
+            shelves(ax, flags, k)
+            ax.set(**STEPS, ylabel="nats on the evaluation set", title=name)
+            ax.legend(fontsize=7, loc="center left")
+        return figure
+
+
+class Theory(common.Study):
+    """What can be known: every exact shelf, for any --base and --digits?
+
+    arrays: carry_probability [D+1]; floor [D+1, D+2] (digit, columns seen); teacher_floor [D+1], own column, the column above
+    and the answers before; one_wide_reached [], a loss of the units that a residual stream of one number can have."""
+
+    def compute(flags, folder):
+        base, D = flags.base, flags.digits
+        arrays = {"carry_probability": [carry_probability(base, k) for k in range(D + 1)], "floor": floors(base, D),
+                  "teacher_floor": [teacher_floor(base, k) for k in range(D)] + [math.nan],
+                  "one_wide_reached": Theory.one_wide_reached(base)}
+        common.tell(f"base {base}, {D} digits; loss in nats of digit k by columns seen")
+        for k, levels in enumerate(arrays["floor"]):
+            seen = "  ".join(f"{x:.7f}" for x in levels if np.isfinite(x))
+            common.tell(f"  {digit_name(flags, k):14} P(carry in) {carry_probability(base, k):.6f}   {seen}")
+        return arrays
+
+    def one_wide_reached(base, scale=1e6):
+        """Loss of the units, reached by a construction, for logits x u with one number x per answer. Half of the digits have
+        positive u, half negative, with gaps that grow by `scale` from digit to digit; with x between two scales the
+        k digits beyond the gap tie and all others are excluded, which costs log k: mean log(m!) / m. Not a bound."""
+        sides, losses = (base - base // 2, base // 2), []
+        for m in sides:
+            gaps = scale ** np.arange(m, dtype=float)  # below the first, second, .. digit of this side
+            u = np.append(0, -np.cumsum(gaps))         # the last: everything else
+            for k in range(m):
+                z = u / gaps[k] * math.sqrt(scale)
+                losses.append(np.log(np.exp(z - z.max()).sum()) + z.max() - z[k])
+        return float(np.mean(losses))
+
+    def claims(arrays, say):
+        say("tens-at-log2", "the shelf of tens that know no carry is log 2, to 1e-4", NOTES + "8/1: yep to log2. a little higher "
+            "actually", float(arrays["floor"][1, 1]), "in", (math.log(2) - 1e-4, math.log(2) + 1e-4))
+        say("one-wide-can", "a 1/1 model's readout can be below log 10 (by construction; nothing says that it is learned)",
+            NOTES + "1/1: does not descend from log10 in 50k", float(arrays["one_wide_reached"]), "<", math.log(10))
+
+    def draw_floors(arrays, flags):
+        figure, (left, right) = common.panels(2, f"What can be known: base {flags.base}, {flags.digits} digits (exact)", flags)
+        for k, levels in enumerate(arrays["floor"]):
+            seen = np.flatnonzero(levels > 0)
+            shift = .04 * (k - flags.digits / 2)  # else equal lines hide each other
+            left.plot(seen + shift, levels[seen], "o-", color=common.COLOURS[k % 8], ms=3, lw=.8, label=digit_name(flags, k))
+        left.set(yscale="log", xlabel="columns seen, from the own one down (shifted by digit to be seen)",
+                 ylabel="Bayes-optimal loss (nats)", xticks=range(flags.digits + 1))
+        right.plot(arrays["carry_probability"], "o-", color=BLUE)
+        right.set(xlabel="column k", ylabel="P(carry into k) = (1 - base^-k) / 2", ylim=(0, .55))
+        common.shelf(right, .5, "limit")
+        left.legend(fontsize=7)
+        return figure
+
+
+class All(common.Study):
+    """All digits at once: which is learned when, and does teacher forcing leak?
+
+    arrays: step, loss, grad_norm, eval_step, eval_* as in `curves`; eval_digit_loss, eval_digit_accuracy [M, R, D+1] from the
+    units up; ablation [R, parts, D+1], the rise of each digit's loss without a head (in order), then the MLP."""
+    defaults = dict(sweep=["answer=teacher,parallel"], runs=4, batch=64)
+    smoke = SMOKE
+
+    def compute(flags, folder):
+        begin = lambda run: init(run, common.generator(run.seed, "init"), positions=3 * run.digits + 2)
+        trained = train(flags, folder, step_of=lambda run: step_of(run, All.loss), evaluate_of=All.evaluate_of,
+                        start=lambda run: {"params": (params := begin(run)), **common.adam_init(params)},
+                        final=lambda runs, metrics: {"accuracy": metrics["eval_accuracy"][-1]})
+        runs = [run for t in trained for run in t.runs]
+        arrays = common.side_by_side(trained) | {"config": np.array([f"{r.answer} {r.d_model}/{r.n_heads}" for r in runs])}
+        change = [All.ablation(run, common.run_of(t.state["params"], i)) for t in trained for i, run in enumerate(t.runs)]
+        return arrays | {"digit": np.zeros(len(runs), int), "ablation": torch.stack(change)}
+
+    def answers(flags, ab):
+        """Digits of the sum [B, D+1] in reading order, and what is fed after `=` [B, D]: the true ones, or `=`."""
+        total = torch.stack(columns(ab, flags.base)[2][::-1], 1)
+        return total, total[:, :-1] if flags.answer == "teacher" else torch.full_like(total[:, 1:], flags.base + 1)
+
+    def logits(flags, params, ab, patch=unchanged):
+        """Logits [B, D+1, vocab] at `=` and the digits after it: those of `forward`, which multiplies every token by W_Q, W_K
+        and W_V where here each kind of token and each position is multiplied once."""
+        tokens = torch.cat([tokens_of(flags, ab), All.answers(flags, ab)[1]], 1)
+        first, heads, d = 2 * flags.digits + 1, flags.n_heads, flags.d_model
+        kind = (tokens[..., None] == torch.arange(flags.vocab, device=ab.device)).to(params["W_E"].dtype)
+        looked_up = lambda W, kind, place: kind @ (params["W_E"] @ W) + place @ W
+        split = lambda y: y.unflatten(-1, (heads, d // heads)).transpose(1, 2)
+        q = split(looked_up(params["W_Q"], kind[:, first:], params["W_pos"][first:]))
+        k, v = (split(looked_up(params[W], kind, params["W_pos"])) for W in ("W_K", "W_V"))
+        T = tokens.shape[1]
+        future = torch.ones(T, T, dtype=torch.bool, device=ab.device).triu(1)[first:]
+        scores = (q @ k.transpose(-1, -2) / math.sqrt(d // heads)).masked_fill(future, -math.inf)
+        mixed = patch("heads", scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        x = kind[:, first:] @ params["W_E"] + params["W_pos"][first:]
+        return mlp(params, x + mixed @ params["W_O"], patch) @ params["W_U"]
+
+    def loss(flags, params, ab, digit):
+        return nll(All.logits(flags, params, ab), All.answers(flags, ab)[0]).mean()
+
+    def evaluate_of(flags):
+        ab = evaluation_set(flags, 2048)
+        total = All.answers(flags, ab)[0]
+
+        def evaluate(params, number):
+            logits = All.logits(flags, params, ab)
+            loss, right = nll(logits, total), (logits.argmax(-1) == total).float()
+            return {"loss": loss.mean(), "accuracy": right.mean(), "digit_loss": loss.mean(0).flip(0),
+                    "digit_accuracy": right.mean(0).flip(0)}
+        return evaluate
+
+    def ablation(flags, params):
+        ab = evaluation_set(flags, 2048).cpu()
+        total = All.answers(flags, ab)[0]
+        loss = lambda patch: nll(All.logits(flags, params, ab, patch), total).mean(0).flip(0)
+        return torch.stack([loss(patch) for patch in part_ablations(flags.n_heads, 3)]) - loss(unchanged)
+
+    def claims(arrays, say):
+        loss, teacher = arrays["eval_digit_loss"], np.char.startswith(arrays["config"], "teacher")
+        D, steps = loss.shape[2] - 1, np.append(arrays["eval_step"], np.inf)
+        below = loss < .1  # [M, R, D+1]
+        when = steps[np.where(below.any(0), below.argmax(0), len(loss))]  # [R, D+1]
+        first_other = when[:, 1:D].min(1)
+        for mode, mine in ("teacher", teacher), ("parallel", ~teacher):
+            say(f"units-first-{mode}", f"with {mode} answers the units come first of the digits that have a column (step at .1 "
+                "nats, over that of the first other; the leading carry has two values and no column)",
+                NOTES + "training on all digits simultaneously", when[mine, 0] / first_other[mine], "<", 1)
+        early = (arrays["eval_step"] >= 15) & (arrays["eval_step"] <= 100)
+        leak = loss[early][..., D - 1].mean(0)
+        say("teacher-leaks", "a model that is fed the leading carry knows more of the next digit, at once: its loss at steps 15 to 100 "
+            "lies lower by .05 nats or more (teacher minus parallel, same seed)", "H(z_4 | z_5) = 2.113 < log 10: the answer's "
+            "first digit tells of its second", leak[teacher] - leak[~teacher], "<", -.05)
+
+    def draw_digits(arrays, flags):
+        parts = list(configurations(arrays, 2))
+        figure, axes = common.panels(len(parts), "All digits at once: which is learned when?", flags)
+        for ax, (name, mine, _) in zip(axes, parts):
+            for k in range(flags.digits + 1):
+                x, y = np.maximum(arrays["eval_step"], .7), arrays["eval_digit_loss"][:, mine, k]
+                common.band(ax, x, y, digit_name(flags, k), common.COLOURS[k % 8])
+            common.shelf(ax, math.log(flags.base), "sees nothing", side="left")
+            common.shelf(ax, floors(flags.base, flags.digits)[1, 1], "tens: own column, no carry", side="left")
+            if "teacher" in name and flags.digits > 2:
+                common.shelf(ax, teacher_floor(flags.base, 1), "tens: own column, the column above, earlier answers")
+            ax.set(**STEPS, yscale="log", ylim=(1e-5, 8), ylabel="loss (nats)", title=name)
+            ax.legend(fontsize=6.5, loc="lower left")
+        return figure
+
+
+def teacher_floor(base, k):
+    """Loss of digit k of a model that sees its own column, the column above and the answers before: z_{k+1} and the column
+    above tell the carry out of column k, which gives the carry into it away where n_k = base - 1."""
+    return (1 - 1 / base) * carry_entropy(carry_probability(base, k))
+
+
+def averaged(x, keep):
+    """x with its batch mean in place of the entries where `keep` (broadcast) is False: mean ablation."""
+    return torch.where(keep, x, x.mean(0, keepdim=True))
+
+
+def part_ablations(n_heads, after):
+    """Patches that mean-ablate one part of a model each: the heads in order, then the MLP. after: axes of `heads` from the
+    heads on."""
+    index = torch.arange(n_heads).view(-1, *[1] * (after - 1))
+    heads = [lambda name, x, h=h: averaged(x, index != h) if name == "heads" else x for h in range(n_heads)]
+    return [*heads, lambda name, x: averaged(x, torch.tensor(False)) if name == "neurons" else x]
+
+
+class Anatomy(common.Study):
+    """How are digits added: by which heads, neurons, frequencies, and from when on?
+
+    arrays, [R, ...]: digit, config, everything that `measure` returns, over_step [S] and over_* [S, R, ...] of `develop`."""
+    defaults = dict(sweep=["digit=0,1"], evals=2, snapshots=24)
+    smoke = dict(SMOKE, snapshots=2)
+    free = ("checkpoint", "digit", "sweep")
+
+    def check(flags):
+        kind, _, index = flags.probe.partition(":")
+        most = {"neuron": 4 * flags.d_model, "head": flags.n_heads, "logit": 0}.get(kind)
+        if most is None or bool(most) != index.isdigit() or index.isdigit() and int(index) >= most:
+            raise common.Stop(f"--probe {flags.probe}: give logit, neuron:I below {4 * flags.d_model} or head:I below "
+                              f"{flags.n_heads}")
+        if len(common.groups_of_runs(flags)) > 1:
+            raise common.Stop("--study anatomy compares runs of one shape: sweep fields that are numbers, such as digit")
+
+    def compute(flags, folder):
+        if flags.checkpoint:
+            saved = common.checkpoint_of(flags.checkpoint, common.stack([start(flags)]))
+            params, snapshots = saved["params"], {}
+            known = [{k: v for k, v in run.items() if hasattr(flags, k)} for run in saved.get("runs", [])]
+            runs = [replace(flags, **run) for run in known] or [flags] * len(params["W_E"])
+        else:
+            trained, = train(flags, folder)
+            params, runs, snapshots = trained.state["params"], trained.runs, trained.snapshots
+        ab = evaluation_set(flags).cpu()
+        arrays = curves_of(Anatomy.measure(run, common.run_of(params, i), ab) for i, run in enumerate(runs))
+        arrays |= {"digit": np.array([r.digit for r in runs]), "config": np.array([digit_name(r, r.digit) for r in runs])}
+        steps = snapshots.pop("step", [])
+        over = [curves_of(Anatomy.develop(run, {k: x[s, i] for k, x in snapshots.items()}, ab[:, :2048])
+                          for i, run in enumerate(runs)) for s in range(len(steps))]
+        return arrays | {f"over_{k}": v for k, v in curves_of(over).items()} | {"over_step": np.array(steps)}
+
+    def watch(flags, params, ab, patch=unchanged):
+        """(loss, logits [B, vocab], activations by name) at `=`."""
+        seen = {}
+
+        def look(name, x):
+            seen[name] = x
+            return patch(name, x)
+        logits = fast_forward(params, ab, flags.n_heads, look)
+        return nll(logits, columns(ab, flags.base)[2][flags.digit]).mean(), logits, seen
+
+    def measure(flags, params, ab):
+        """Of one trained model: attention [heads, positions] of `=`; ablation [heads + 1] and ablation_group [D], the rise of the
+        loss without a head, the MLP, or the neurons that depend most on column c; shortcuts [2], without attention of `=` to
+        itself, or the skip past the MLP; gradient_input [positions] of --probe; exchange [3], root mean square of the
+        neurons, of their change when a and b change places, and between unrelated examples; what `place_similarity`,
+        `neuron_dependence`, `fourier` and `matrices` return."""
+        full, _, seen = Anatomy.watch(flags, params, ab)
+        loss = lambda patch: Anatomy.watch(flags, params, ab, patch)[0]
+        score, fixed, _ = attend(params, ab, flags.n_heads)
+        itself, D = fixed[:, 1], flags.digits
+        _, _, token_value, place_value = tables(params, flags.n_heads)
+        value = (token_value[-1] + place_value[-1]).view(flags.n_heads, -1)
+        excess = (itself.mean(1, keepdim=True) - itself).T[:, :, None] * value
+        shortcuts = [lambda name, x: x + excess if name == "heads" else x,
+                     lambda name, x: averaged(x, torch.tensor(False)) if name == "skip" else x]
+        found = {"attention": torch.cat([score[:, :D], fixed[:, :1], score[:, D:], fixed[:, 1:]], 1).mean(-1),
+                 "ablation": torch.stack([loss(p) for p in part_ablations(flags.n_heads, 2)]) - full,
+                 "shortcuts": torch.stack([loss(p) for p in shortcuts]) - full,
+                 "gradient_input": Anatomy.gradient_input(flags, params, ab[:, :1024]),
+                 "place_similarity": Anatomy.place_similarity(flags, params),
+                 **Anatomy.fourier(flags, params), **Anatomy.matrices(flags, params)}
+        if "neurons" not in seen:
+            return found
+        neurons = seen["neurons"]
+        single, pairs = Anatomy.neuron_dependence(flags, neurons, ab)
+        weight = neurons.var(0) / neurons.var(0).sum()
+        group = single[:, -D:].flip(1).argmax(1)  # the column that a neuron depends on most, from the units up
+        without = [loss(lambda name, x, c=c: averaged(x, group != c) if name == "neurons" else x) for c in range(D)]
+        exchanged = Anatomy.watch(flags, params, ab.roll(D, 0))[2]["neurons"]
+        size = lambda x: x.square().mean().sqrt()
+        return found | {"neuron_dependence": single, "neuron_pairs": pairs, "dependence_mean": weight @ single,
+                        "pairs_mean": weight @ pairs, "ablation_group": torch.stack(without) - full,
+                        "exchange": torch.stack([size(neurons), size(exchanged - neurons), size(neurons.roll(1, 0) - neurons)])}
+
+    def develop(flags, params, ab):
+        """What is followed over training: full_loss, restricted_loss, excluded_loss, ablation, dependence_mean."""
+        full, _, seen = Anatomy.watch(flags, params, ab)
+        found = {k: v for k, v in Anatomy.fourier(flags, params).items() if k.endswith("_loss")}
+        parts = [Anatomy.watch(flags, params, ab, patch)[0] for patch in part_ablations(flags.n_heads, 2)]
+        found["ablation"] = torch.stack(parts) - full
+        if "neurons" in seen:
+            weight = seen["neurons"].var(0) / seen["neurons"].var(0).sum()
+            found["dependence_mean"] = weight @ Anatomy.neuron_dependence(flags, seen["neurons"], ab)[0]
+        return found
+
+    def correlation_ratio(m, classes):
+        """Share of Var(m) that a class label explains, Var(E[m | class]) / Var(m), for m [B, ...] and labels [B]: [...]. Bias-
+        corrected (Kelley's epsilon squared): 0 in expectation where m does not depend on the label."""
+        m = (m - m.mean(0)).double()
+        labels, index = classes.unique(return_inverse=True)
+        count = torch.bincount(index).view(-1, *[1] * (m.ndim - 1))
+        sums = torch.zeros(len(labels), *m.shape[1:], dtype=m.dtype).index_add_(0, index, m)
+        total = (m ** 2).sum(0)
+        within = (total - (sums ** 2 / count).sum(0)) / (len(m) - len(labels))
+        share = 1 - within / (total / (len(m) - 1)).clamp(min=1e-300)
+        return torch.where(total > 0, share, 0.).float()
+
+    def neuron_dependence(flags, neurons, ab):
+        """Correlation ratio of every neuron [neurons, 3D] on the 2D digits in reading order, then on the columns D-1 .. 0 (the pair
+        a_k, b_k); and on pairs of columns [neurons, D(D-1)/2] (their two sums), columns j > k in order."""
+        D, base = flags.digits, flags.base
+        a, b = ab[:D], ab[D:]
+        ratio = lambda labels: Anatomy.correlation_ratio(neurons, labels)
+        single = [ratio(x) for x in (*ab, *(a * base + b))]
+        pairs = [ratio((a[i] + b[i]) * 2 * base + a[j] + b[j]) for i in range(D) for j in range(i + 1, D)]
+        return torch.stack(single, -1), torch.stack(pairs, -1) if pairs else torch.zeros(neurons.shape[1], 0)
+
+    def gradient_input(flags, params, ab):
+        """Mean |gradient times embedding| of --probe at each position: `logit` (of the right digit), `neuron:i`, or `head:i` (the
+        norm of its output)."""
+        kind, _, index = flags.probe.partition(":")
+        tokens, labels = tokens_of(flags, ab), columns(ab, flags.base)[2][flags.digit]
+        embedding, seen = params["W_E"][tokens] + params["W_pos"], {}
+
+        def quantity(x):
+            def patch(name, value):
+                seen[name] = x if name == "embedding" else value
+                return seen[name]
+            logits = forward(params, tokens, flags.n_heads, first=2 * flags.digits + 1, patch=patch)[:, 0]
+            if kind == "neuron":
+                return seen["neurons"][..., int(index)].sum()
+            if kind == "head":
+                return seen["heads"][:, int(index)].norm(dim=-1).sum()
+            return logits.gather(1, labels[:, None]).sum()
+        return (torch.func.grad(quantity)(embedding) * embedding).sum(-1).abs().mean(0)
+
+    def column_grid(flags, contexts=64):
+        """Every (a_k, b_k) of the model's own column with the same random contexts: digits [2D, base^2 * contexts]."""
+        k, D, base = min(flags.digit, flags.digits - 1), flags.digits, flags.base
+        ab = torch.randint(base, (2 * D, contexts), generator=common.generator(1, "eval")).repeat(1, base ** 2)
+        cell = torch.arange(base ** 2).repeat_interleave(contexts)
+        ab[D - 1 - k], ab[2 * D - 1 - k] = cell // base, cell % base
+        return ab
+
+    def fourier(flags, params):
+        """The model's own column in the Fourier basis of Z_base x Z_base (Nanda et al. 2023), frequencies w = 1 .. base/2:
+        restricted_loss [] keeps of the logits what depends on a_k + b_k (the diagonal frequencies) and on the context alone;
+        excluded_loss [w] removes the diagonal frequency w; embedding_spectrum [w] is |W_E|^2 by frequency, normalised;
+        neuron_r2 [neurons, w]: share of a neuron's variance over (a, b) (mean over contexts) in the nine terms {1, cos, sin}(a)
+        x {1, cos, sin}(b) of w, the constant apart; neuron_active [neurons]: share of inputs with m > 0; term_energy [2, w, 4]:
+        power in the terms of a, b, a + b, a - b, for neurons (before) and logits (after W_out W_U)."""
+        base, ab = flags.base, Anatomy.column_grid(flags)
+        full, logits, seen = Anatomy.watch(flags, params, ab)
+        grid = lambda x: x.unflatten(0, (base, base, -1))  # [a, b, contexts, ...]
+        logits, labels = grid(logits), grid(columns(ab, base)[2][flags.digit])
+        power, w = torch.fft.fft2(logits, dim=(0, 1)), torch.arange(1, base // 2 + 1)
+        diagonal = torch.zeros(len(w), base, base, dtype=torch.bool)
+        diagonal[w - 1, w, w] = diagonal[w - 1, -w % base, -w % base] = True
+        keep = diagonal.any(0)
+        keep[0, 0] = True
+        loss = lambda mask: nll(torch.fft.ifft2(power * mask[..., None, None], dim=(0, 1)).real, labels).mean()
+        spectrum = torch.fft.fft(params["W_E"][:base], dim=0).abs().square().sum(1)
+        spectrum = torch.where(2 * w == base, spectrum[w], spectrum[w] + spectrum[-w % base])
+        energy = lambda x: torch.fft.fft2(x, dim=(0, 1)).abs().square()  # [a freq, b freq, ...]
+        after = before = energy(logits.mean(2)).sum(-1)
+        out = {"restricted_loss": loss(keep), "excluded_loss": torch.stack([loss(~d) for d in diagonal]), "full_loss": full,
+               "embedding_spectrum": spectrum / spectrum.sum()}
+        if "neurons" in seen:
+            neurons = grid(seen["neurons"])
+            each = energy(neurons.mean(2))
+            total, before = each.sum((0, 1)) - each[0, 0], each.sum(-1)
+            nine = [each[[[i] for i in {0, f, base - f}], [*{0, f, base - f}]].sum((0, 1)) - each[0, 0] for f in w.tolist()]
+            out["neuron_r2"] = torch.where(total > 1e-12, torch.stack(nine) / total, 0.).T
+            out["neuron_active"] = (neurons > 0).float().mean((0, 1, 2))
+        return out | {"term_energy": torch.stack([Anatomy.terms(before, w), Anatomy.terms(after, w)])}
+
+    def terms(energy, w):
+        """Power [w, 4] of the 2-D spectrum [a freq, b freq] of a real function in the terms of a, b, a + b and a - b, normalised to
+        sum one. At w = base/2 the last two are the same function: it counts as a + b."""
+        half = 2 * w == len(energy)
+        last = energy[w, -w % len(energy)].masked_fill(half, 0)
+        power = torch.stack([energy[w, 0], energy[0, w], energy[w, w], last], -1) * (2 - half.to(energy.dtype))[:, None]
+        return power / power.sum().clamp(min=1e-30)
+
+    def matrices(flags, params):
+        """The effective matrices that fix the model, exactly: scores [heads, positions, vocab] of `=`; what a head writes to the
+        logits when it reads a token, ov_token [heads, vocab, vocab], or a position, ov_place [heads, positions, vocab]; neurons
+        to logits, neuron_logits [4d, vocab]."""
+        token_score, place_score, token_value, place_value = tables(params, flags.n_heads)
+        split = lambda v: v.unflatten(1, (flags.n_heads, -1)).transpose(0, 1)
+        out = params["W_O"].unflatten(0, (flags.n_heads, -1)) @ params["W_U"]
+        found = {"scores": place_score[:, :, None] + token_score[:, None], "ov_token": split(token_value) @ out,
+                 "ov_place": split(place_value) @ out}
+        return found | ({"neuron_logits": params["W_out"] @ params["W_U"]} if "W_out" in params else {})
+
+    def place_similarity(flags, params, draws=1000):
+        """Are the position vectors of a_k and b_k alike? cosine and |x-y|^2 / (|x| |y|) per column from the units up, and their 1 %,
+        50 % and 99 % quantiles when the coordinates of y are permuted at random: [D, 2, 4]."""
+        D, x, g = flags.digits, params["W_pos"], common.generator(0, "law")
+        a, b = x[:D].flip(0), x[D + 1:2 * D + 1].flip(0)
+        shuffle = torch.stack([torch.randperm(x.shape[1], generator=g) for _ in range(draws)])
+        size = a.norm(dim=1) * b.norm(dim=1)
+        both = lambda y: torch.stack([(a * y).sum(-1) / size, (a - y).square().sum(-1) / size], -1)  # [..., D, 2]
+        null = both(b[:, shuffle].transpose(0, 1)).quantile(torch.tensor([.01, .5, .99], dtype=x.dtype), 0)
+        return torch.cat([both(b)[None], null]).permute(1, 2, 0)
+
+    def claims(arrays, say):
+        nanda = "Nanda et al. 2023, quoted in the " + NOTES
+        for name, mine, k in configurations(arrays, 4):
+            solved = arrays["full_loss"][mine] < .05  # a circuit is read off a model that has one
+
+            def judge(id, statement, source, values, *rule):
+                say(f"{id}-{name}", f"{name}: {statement}", source, np.where(solved, values, np.nan), *rule)
+            itself, skip = arrays["shortcuts"][mine].T
+            judge("self-attention", "attention of `=` to itself is negligible (mean ablation costs less than .01 nats)",
+                  nanda + "Attention from position 2 to itself is negligible", itself, "<", .01)
+            judge("skip", "the skip past the MLP acts as a bias (mean ablation costs less than .01 nats)",
+                  nanda + "the skip connection just acts as a bias term", skip, "<", .01)
+            place = arrays["place_similarity"][mine][:, min(k, arrays["place_similarity"].shape[1] - 1), 0]
+            judge("same-places", f"the position vectors of a_k and b_k are the same, to a cosine of .9 (99 % of permuted ones stay "
+                  f"below {np.median(place[:, 3]):.2f})", nanda + "Position embeddings in position 0 and 1 are the same",
+                  place[:, 0], ">", .9)
+            judge("unlike-places", "and yet they are more alike than permuted vectors (cosine minus the 99 % quantile)",
+                  NOTES + "randomly permute dimensions of y & compute", place[:, 0] - place[:, 3], ">", 0)
+            top = np.sort(arrays["embedding_spectrum"][mine], 1)[:, -2:].sum(1)
+            judge("sparse-embedding", "W_E is sparse in the Fourier basis (two frequencies hold 80 % of it)",
+                  nanda + "the embedding matrix being sparse", top, ">", .8)
+            if "neuron_r2" not in arrays:
+                continue
+            best = np.median(arrays["neuron_r2"][mine].max(-1), 1)
+            judge("nine-terms", "nine terms of one frequency give most of a neuron (median R^2)",
+                  nanda + "well approximated by a linear combination of those 9 terms", best, ">", .85)
+            before, after = arrays["term_energy"][mine].sum(2)[..., 2].T
+            judge("cancels", f"W_out W_U leave only the terms of a + b (90 % of the power; {np.median(before):.0%} before)",
+                  nanda + "cancel out all directions other than cos(w(x+y)), sin(w(x+y))", after, ">", .9)
+            size, swapped, unrelated = arrays["exchange"][mine].T
+            judge("symmetric-neurons", f"neurons hardly change when a and b change places (less than a quarter of the difference of "
+                  f"unrelated examples; activations {np.median(size):.2g}, exchanged {np.median(swapped):.2g}, unrelated "
+                  f"{np.median(unrelated):.2g}, root mean square)", NOTES + "isn't quite convincing without absolute values of "
+                  "activations", swapped / unrelated, "<", .25)
+
+    def position_names(flags):
+        D = flags.digits
+        return [f"a{k}" for k in range(D - 1, -1, -1)] + ["+"] + [f"b{k}" for k in range(D - 1, -1, -1)] + ["="]
+
+    def draw_attention(arrays, flags):
+        parts, names = list(configurations(arrays, 2)), Anatomy.position_names(flags)
+        figure, axes = common.panels(2 * len(parts), "Attention of `=`: mean weight, and the exact score of every token at "
+                                     "every position", flags)
+        for row, (name, mine, k) in enumerate(parts):
+            left, right = axes[2 * row:2 * row + 2]
+            weights = arrays["attention"][mine][0]
+            head = int(weights[:, flags.digits - 1 - min(k, flags.digits - 1)].argmax())
+            scores = arrays["scores"][mine][0, head]
+            common.image(left, weights, f"{name}: mean attention, first run", figure, "position", "head", (0, 1))
+            common.image(right, (scores - scores.mean()).T, f"{name}: scores of head {head}, their mean removed", figure,
+                         "position", "token")
+            left.set(yticks=range(min(len(weights), 16)))
+            right.set(yticks=range(flags.vocab), yticklabels=[format(t, "x") for t in range(flags.base)] + ["+", "="])
+            for ax in (left, right):
+                ax.set(xticks=range(len(names)), xticklabels=names)
+                ax.tick_params(labelsize=7)
+        return figure
+
+    def draw_dependence(arrays, flags):
+        D, parts, names = flags.digits, list(configurations(arrays, 2)), Anatomy.position_names(flags)
+        figure, axes = common.panels(2 * len(parts), "Which inputs matter to the neurons, and which parts to the answer", flags)
+        inputs = [n for n in names if n not in "+="] + [f"col {k}" for k in range(D - 1, -1, -1)]
+        pairs = [f"{i},{j}" for i in range(D - 1, -1, -1) for j in range(i - 1, -1, -1)]
+        for row, (name, mine, k) in enumerate(parts):
+            left, right = axes[2 * row:2 * row + 2]
+            parts_of_model = [f"head {h}" for h in range(flags.n_heads)] + ["MLP", "= to itself", "skip past MLP"]
+            change = [arrays["ablation"][mine], arrays["shortcuts"][mine]]
+            if "dependence_mean" in arrays:
+                common.bars(left, np.arange(3 * D), arrays["dependence_mean"][mine], "digits, columns", BLUE)
+                common.bars(left, 3 * D + np.arange(len(pairs)), arrays["pairs_mean"][mine], "pairs of columns", RED)
+                parts_of_model += [f"col-{c} neurons" for c in range(D)]
+                change.append(arrays["ablation_group"][mine])
+                left.legend(fontsize=7, loc="upper left")
+            common.bars(right, np.arange(len(parts_of_model)), np.concatenate(change, 1), "mean ablation", GREEN)
+            left.set(xticks=range(3 * D + len(pairs)), ylabel="share of neurons' variance", title=f"{name}: correlation ratio")
+            left.set_xticklabels(inputs + pairs, rotation=90, fontsize=6)
+            right.set(xticks=range(len(parts_of_model)), ylabel="increase of the loss (nats)", title=f"{name}: mean ablation")
+            right.set_xticklabels(parts_of_model, rotation=90, fontsize=6)
+            right.set_yscale("symlog", linthresh=1e-3)
+            common.shelf(right, floors(flags.base, D)[k, 0], "loss that sees nothing", side="left")
+            right.legend(fontsize=7)
+        return figure
+
+    def draw_fourier(arrays, flags):
+        name, mine, _ = next(configurations(arrays, 1))
+        w, of = np.arange(1, flags.base // 2 + 1), lambda key: arrays[key][mine]
+        figure, (a, b, c, d) = common.panels(4, f"{name}: the column in the Fourier basis", flags)
+        common.bars(a, w - .2, of("embedding_spectrum"), "W_E", BLUE, .4)
+        common.bars(a, w + .2, of("term_energy")[:, 1, :, 2], "logits, terms of a+b", RED, .4)
+        a.set(xlabel="frequency", ylabel="share of power", xticks=w, title="Which frequencies are used")
+        common.bars(b, w, of("excluded_loss"), "one frequency of a+b removed", BLUE)
+        common.shelf(b, np.median(of("full_loss")), "full loss (median)")
+        common.shelf(b, np.median(of("restricted_loss")), "functions of a+b alone (median)", RED)
+        b.set(xlabel="frequency removed from the logits", ylabel="loss (nats)", xticks=w, yscale="log", title="Which are needed")
+        for i, (label, colour) in enumerate((("neurons", BLUE), ("logits, after W_out W_U", RED))):
+            common.bars(c, np.arange(4) + .4 * i - .2, of("term_energy")[:, i].sum(1), label, colour, .4)
+        c.set(xticks=range(4), xticklabels=["of a", "of b", "of a+b", "of a-b"], ylabel="share of power",
+              title="What W_out W_U cancel")
+        if "neuron_r2" in arrays:
+            d.hist(of("neuron_r2").max(-1).ravel(), np.linspace(0, 1, 41), color=GREEN, label=f"{mine.sum()} runs, all neurons")
+            d.set(xlabel="R^2 of the nine terms of the best frequency", ylabel="neurons",
+                  title=f"{(of('neuron_active') > .99).mean():.0%} of the neurons are always active")
+        for ax in (a, b, c, d):
+            ax.legend(fontsize=7)
+        return figure
+
+    def draw_development(arrays, flags):
+        if not len(arrays["over_step"]):  # a checkpoint has no history
+            return None
+        parts = list(configurations(arrays, 2))
+        figure, axes = common.panels(2 * len(parts), "When does each part become necessary?", flags)
         x = np.maximum(arrays["over_step"], .7)
-        common.band(left, x, arrays["over_full_loss"][:, mine], "loss", "black")
-        common.band(left, x, arrays["over_restricted_loss"][:, mine], "restricted to a+b", "grey")
-        for i in range(arrays["over_excluded_loss"].shape[-1]):
-            common.band(left, x, arrays["over_excluded_loss"][:, mine, i], f"frequency {i + 1} excluded", common.COLOURS[i % 6])
-        left.set(**STEPS, yscale="log", ylabel="loss (nats)", title=f"{name}: frequencies")
-        change = arrays["over_ablation"][:, mine][..., k]
-        common.band(right, x, change[..., -1], "MLP ablated", RED)
-        common.band(right, x, change[..., :-1].max(-1), "the most important head ablated", BLUE)
-        own = 2 * flags.digits + max(flags.digits - 1 - k, 0)
-        if "over_dependence_mean" in arrays:
-            share = arrays["over_dependence_mean"][:, mine, own]
-            common.band(right, x, share, "share of neurons' variance from the own column", GREEN)
-        right.set(**STEPS, ylabel="increase of loss (nats); share", title=f"{name}: parts")
-        for ax in (left, right):
-            ax.legend(fontsize=6)
-    return figure
+        for row, (name, mine, k) in enumerate(parts):
+            left, right = axes[2 * row:2 * row + 2]
+            common.band(left, x, arrays["over_full_loss"][:, mine], "loss", "black")
+            common.band(left, x, arrays["over_restricted_loss"][:, mine], "functions of a+b alone", "grey")
+            for i in range(arrays["over_excluded_loss"].shape[-1]):
+                y = arrays["over_excluded_loss"][:, mine, i]
+                common.band(left, x, y, f"frequency {i + 1} removed", common.COLOURS[i % 6])
+            change = arrays["over_ablation"][:, mine]
+            common.band(right, x, change[..., -1], "MLP ablated", RED)
+            common.band(right, x, change[..., :-1].max(-1), "the most important head ablated", BLUE)
+            if "over_dependence_mean" in arrays:
+                own = arrays["over_dependence_mean"][:, mine, 2 * flags.digits + max(flags.digits - 1 - k, 0)]
+                common.band(right, x, own, "share of neurons' variance from the own column", GREEN)
+            left.set(**STEPS, yscale="log", ylabel="loss (nats)", title=f"{name}: frequencies")
+            right.set(**STEPS, ylabel="increase of loss (nats); share", title=f"{name}: parts")
+            for ax in (left, right):
+                ax.legend(fontsize=6)
+        return figure
 
 
-def draw_spikes(arrays, flags):
-    """The first spike of each run: the quantities around it, and what each intervention just before does to it."""
-    figure, (a, b) = common.panels(2, "What drives the repeated spike?", flags)
-    t = np.arange(arrays["around_loss"].shape[0]) - SPIKE_BEFORE
-    for key, colour in zip(AROUND, common.COLOURS):
-        if arrays[f"around_{key}"].shape[1]:
+def curves_of(rows):
+    """Dicts of arrays, one a run (or a step), to one with a leading axis."""
+    rows = list(rows)
+    return {k: np.stack([np.asarray(row[k]) for row in rows]) for k in rows[0]} if rows else {}
+
+
+class Spikes(common.Study):
+    """What removes the repeated spike of the tens?
+
+    arrays: see `curves`; second_moment, weight_norm, update_norm [T, R]; around_* [steps, spikes]; intervention [I];
+    fork_loss [I, steps, spikes], fork_worst [spikes, I]."""
+    defaults = dict(digit=1, weight_decay=.5, steps=5000, evals=2)
+    smoke = dict(SMOKE, steps=400, runs=1)
+    before, after, lead = 150, 100, 50  # steps around a spike, and before that until an intervention begins
+    interventions = {"none": {}, "eps 1e-6": dict(eps=1e-6), "beta2 .999": dict(beta2=.999), "clip at median": dict(clip=None),
+                     "decay off": dict(weight_decay=0.), "rate / 2": dict(lr=None)}
+    watched = ("loss", "grad_norm", "second_moment", "weight_norm", "update_norm")
+
+    def check(flags):
+        if len(common.groups_of_runs(flags)) > 1:
+            raise common.Stop("--study spikes compares runs of one shape: sweep fields that are numbers, such as weight_decay")
+
+    def step_of(flags):
+        plain = step_of(flags)
+
+        def step(state, number):
+            new, logs = plain(state, number)
+            move = {k: new["params"][k] - p for k, p in state["params"].items()}
+            return new, logs | {"second_moment": sum(v.sum() for v in new["v"].values()).sqrt(),
+                                "weight_norm": common.norm(new["params"]), "update_norm": common.norm(move)}
+        return step
+
+    def compute(flags, folder):
+        """Train; find each run's first spike; train it again to just before (a run is a function of its flags); go on from there
+        once with each intervention, with the same random numbers."""
+        trained, = train(flags, folder, step_of=Spikes.step_of)
+        arrays = curves([trained])
+        window = Spikes.before + Spikes.after
+        first, last = Spikes.first_spikes(arrays), flags.steps - Spikes.after
+        around, forks = {k: [] for k in Spikes.watched}, []
+        for r in np.flatnonzero((first > Spikes.before + Spikes.lead) & (first <= last)):
+            spike, run = int(first[r]), trained.runs[r]
+            begin = spike - Spikes.before - Spikes.lead
+            same = dict(step_of=Spikes.step_of, evaluate_of=None, final=None)  # the same program has the same bits
+            run = replace(run, compile="on" if folder.compiled[0]["compiled"] else "off")
+            again, = train(flags, folder.aside(f"again{r}"), [[replace(run, steps=begin)]], **same)
+            calm = float(np.median(arrays["grad_norm"][max(begin - 100, 0):begin, r]))
+            special = dict(clip=calm, lr=run.lr / 2)
+            forked = [replace(run, steps=Spikes.lead + window, **{k: special[k] if v is None else v for k, v in c.items()})
+                      for c in Spikes.interventions.values()]
+            state = common.run_of(again.state, 0)
+            fork, = train(flags, folder.aside(f"fork{r}"), [forked], start=lambda run: state, **same)
+            forks.append(fork.metrics["loss"][Spikes.lead:])
+            for k in around:
+                around[k].append(arrays[k][spike - Spikes.before:spike + Spikes.after, r])
+        shape = (0, window, len(Spikes.interventions))
+        forks = np.stack(forks) if forks else np.zeros(shape)
+        arrays |= {f"around_{k}": np.array(v).reshape(-1, window).T for k, v in around.items()}
+        worst = np.array([geometric(f).max(0) for f in forks]).reshape(-1, shape[2])
+        return arrays | {"intervention": np.array([*Spikes.interventions]), "fork_loss": forks.transpose(2, 1, 0),
+                         "fork_worst": worst}
+
+    def first_spikes(arrays):
+        return arrays["first_spike"]
+
+    def claims(arrays, say):
+        quote = NOTES + "probably a gradient spike of unclear provenance"
+        say("replay", "without an intervention the replayed run spikes again (control)", quote, arrays["fork_worst"][:, 0],
+            ">", 1e-3)
+        for i, name in enumerate(arrays["intervention"].tolist()):
+            if i:
+                say(f"cause-{name.replace(' ', '-')}", f"{name}, {Spikes.lead + Spikes.before} steps before the first spike, removes it "
+                    f"(until {Spikes.after} steps after)", quote, arrays["fork_worst"][:, i], "<", 1e-3)
+
+    def draw_spikes(arrays, flags):
+        figure, (a, b) = common.panels(2, "What drives the repeated spike?", flags)
+        t = np.arange(len(arrays["around_loss"])) - Spikes.before
+        for key, colour in zip(Spikes.watched, common.COLOURS):
             common.band(a, t, arrays[f"around_{key}"], key.replace("_", " "), colour)
-    a.set(yscale="log", xlabel="step relative to the spike", ylabel="nats, or norm")
-    a.axvline(0, color="grey", ls="--", lw=.8)
-    for i, name in enumerate(arrays["intervention"].tolist()):
-        worst = arrays["fork_worst"][:, i]
-        b.plot(np.full(len(worst), i), worst, "o", color=common.COLOURS[i % 8], ms=5)
-    b.axhline(1e-3, color="grey", ls="--", lw=.8)
-    b.set(yscale="log", xticks=range(len(arrays["intervention"])), ylabel="highest loss in the window (nats)",
-          title=f"{arrays['fork_worst'].shape[0]} spikes; dashed: the level that counts as a spike")
-    b.set_xticklabels(arrays["intervention"].tolist(), rotation=30, ha="right", fontsize=7)
-    if arrays["around_loss"].shape[1]:
-        a.legend(fontsize=7)
-    return figure
+        a.legend(fontsize=7) if arrays["around_loss"].size else None
+        a.set(yscale="log", ylim=(1e-9, 100), xlabel="step relative to the spike", ylabel="nats, or norm")
+        a.axvline(0, color="grey", ls="--", lw=.8)
+        for i in range(len(arrays["intervention"])):
+            worst = arrays["fork_worst"][:, i]
+            b.plot(np.full(len(worst), i), worst, "o", color=common.COLOURS[i % 8], ms=5)
+        b.set(yscale="log", ylim=(1e-9, 5), xticks=range(len(arrays["intervention"])), ylabel="highest loss in the window (nats)",
+              title=f"{len(arrays['fork_worst'])} spikes, each replayed with one change")
+        common.shelf(b, 1e-3, "counts as a spike")
+        b.set_xticklabels(arrays["intervention"].tolist(), rotation=30, ha="right", fontsize=7)
+        return figure
 
 
-def draw_rows(arrays, flags):
-    """Every configuration of the sweep: steps of descent and the final loss of each seed, beside what the notes say."""
-    fields = ("digit", "d_model", "n_heads", "weight_decay", "eps", "steps")
-    keys = list(zip(*(arrays[f].tolist() for f in fields)))
-    configs = sorted(set(keys), key=lambda c: (c[0], c[3], c[4], c[2], c[1]))
-    height = max(3.7, .16 * len(configs))
-    figure, (a, b) = common.panels(2, "Every configuration: when it descends, where it ends", flags, size=(5.4, height))
-    for y, config in enumerate(configs):
-        mine = np.array([k == config for k in keys])
-        descent, final = arrays["descent"][mine], np.maximum(arrays["final"][mine], 1e-13)
-        a.plot(descent, np.full(mine.sum(), y), "o", color=BLUE, ms=3, alpha=.6)
-        b.plot(final, np.full(mine.sum(), y), "o", color=BLUE, ms=3, alpha=.6)
-        if np.isnan(descent).any():
-            a.text(config[-1], y, f" {np.isnan(descent).sum()} never", fontsize=5, va="center")
-        for _, *row, steps, quantity, low, high, _ in ROWS if not flags.sweep and config[4] == flags.eps else ():
-            ax = {"descent": a, "final": b, "lowest": b}.get(quantity)
-            if ax is not None and tuple(row) == config[:4] and math.isfinite(high) and low > 0:
-                ax.plot([low, high], [y, y], color=RED, lw=4, alpha=.35, solid_capstyle="butt")
-    a.plot([], [], color=RED, lw=4, alpha=.35, label="the notes, with their tolerance")
-    a.set(xscale="log", xlabel="step of first descent", yticks=range(len(configs)))
-    a.set_yticklabels([f"{digit_name(flags, k)} {d}/{h} decay {decay:g}" + f" eps {eps:g}" * (eps != flags.eps)
-                       for k, d, h, decay, eps, _ in configs], fontsize=5.5)
-    b.set(xscale="log", xlabel="final loss (nats)", yticks=[], xlim=(1e-13, 5))
-    for level, text in zip(floors(flags.base, flags.digits)[1, :2], ("log base", "no carry")):
-        b.axvline(level, color="grey", ls="--", lw=.8)
-        b.text(level, len(configs), text, fontsize=6, color="grey", ha="right", rotation=90, va="top")
-    a.legend(fontsize=6, loc="upper left")
-    return figure
+class Sweep(common.Study):
+    """Every row of the notes' tables (hours), or the grid of --sweep: when does each configuration descend, where does it end?
 
+    arrays, [R]: the swept fields, seed, milestones; kind (see `shelf_kind`) of the level on which a run ends; delta_spectrum
+    [R, 2, base]; curve [R, 200] at curve_step [R, 200], the 10-step geometric mean of the loss at log-spaced steps."""
+    defaults = dict(steps=5000, evals=2)
+    smoke = dict(SMOKE, runs=1)
 
-def draw_heat(arrays, flags):
-    """Share of seeds that converge (10-step mean below 1e-3), by width and heads, one panel for each digit."""
-    digits = [k for k in sorted(set(arrays["digit"].tolist()))][:4]
-    figure, axes = common.panels(len(digits),
-                                 "Share of seeds that reach 1e-3, by width and heads (number of seeds in brackets)", flags)
-    for ax, k in zip(axes, digits):
-        d, h = (sorted(set(arrays[n][arrays["digit"] == k].tolist())) for n in ("d_model", "n_heads"))
-        share = np.full((len(d), len(h)), np.nan)
-        for i, j in itertools.product(range(len(d)), range(len(h))):
-            mine = (arrays["digit"] == k) & (arrays["d_model"] == d[i]) & (arrays["n_heads"] == h[j])
-            if mine.any():
-                share[i, j] = np.isfinite(arrays["reach"][mine]).mean()
-                ax.text(j, i, f"{share[i, j]:.2f}\n({mine.sum()})", ha="center", va="center", fontsize=6)
-        ax.imshow(share, vmin=0, vmax=1.4, cmap="Blues", aspect="auto")
-        ax.set(xticks=range(len(h)), yticks=range(len(d)), xlabel="n_heads", ylabel="d_model", title=digit_name(flags, k))
-        ax.set_xticklabels(h)
-        ax.set_yticklabels(d)
-    return figure
+    def points(flags):
+        """The rows of the notes, with their own numbers of steps scaled by --steps / 5000, and more values of eps for the floor that
+        decay sets; more seeds where they are cheap, most for the waiting times of 2/2."""
+        rows = {(row[1:5], row[5]) for row in ROWS}
+        points = [dict(digit=k, d_model=d, n_heads=h, weight_decay=w, steps=max(1, n * flags.steps // 5000),
+                       runs=flags.runs * (16 if d == h == 2 else 4 if d <= 4 else 1))
+                  for (k, d, h, w), n in sorted(rows) if d <= 2 or not flags.smoke]
+        more = dict(digit=U, d_model=128, n_heads=4, weight_decay=.5, steps=max(1, 3000 * flags.steps // 5000), runs=flags.runs)
+        points += [dict(more, eps=eps) for eps in (1e-9, 1e-7, 1e-6) if not flags.smoke]
+        return sorted(points, key=lambda p: (p["d_model"] + 4 * p["n_heads"]) ** 2 * p["steps"])
 
+    def compute(flags, folder):
+        trained = train(flags, folder)
+        runs = [run for t in trained for run in t.runs]
+        fields = {"digit", "d_model", "n_heads", "weight_decay", "eps", "steps", "seed", *common.swept(flags)}
+        arrays = {k: np.array([getattr(r, k) for r in runs]) for k in sorted(fields)}
+        ends = {k: np.concatenate([t.metrics[f"eval_{k}"][-1] for t in trained]) for k in ("loss", "pair", "alias", "delta")}
+        arrays |= {k: np.concatenate([t.final[k] for t in trained]) for k in trained[0].final if k != "loss"}
+        kinds = [Sweep.shelf_kind(run, *(ends[k][i] for k in ("loss", "pair", "alias"))) for i, run in enumerate(runs)]
+        at = [np.geomspace(1, t.runs[0].steps, 200).round().astype(int) for t in trained]
+        return arrays | {"delta_spectrum": ends["delta"], "kind": np.array(kinds),
+                         "curve": np.concatenate([geometric(t.metrics["loss"])[i - 1].T for i, t in zip(at, trained)]),
+                         "curve_step": np.concatenate([np.tile(i, (len(t.runs), 1)) for i, t in zip(at, trained)])}
 
-# ---- Main -----------------------------------------------------------------------------------------------------------
+    def shelf_kind(flags, loss, pair, alias):
+        """What a final loss means: `solved`; `n mod m`: that much of the column is known and no more (`n mod 1`: nothing);
+        `carry-blind`: the column is known, the carry is not; or `between`. The tolerance .15 nats is a stated rule."""
+        if loss < .01:
+            return "solved"
+        if flags.digit and abs(loss - pair - floors(flags.base, flags.digits)[flags.digit, 1]) < .15 and pair < .15:
+            return "carry-blind"
+        for m, cost in zip(divisors(flags.base), alias):
+            if cost < .15 and abs(loss - cost - math.log(flags.base / m)) < .15:
+                return f"n mod {m}"
+        return "between"
 
-NOTES = "research notes, 2023-04-18"
+    def claims(arrays, say):
+        def of(key, k, d, h, decay, eps=1e-8, steps=None):
+            same = (arrays["digit"] == k) & (arrays["d_model"] == d) & (arrays["n_heads"] == h) & np.isclose(arrays["eps"], eps)
+            same &= np.isclose(arrays["weight_decay"], decay)
+            return arrays[key][same & (arrays["steps"] == (steps or arrays["steps"]))]
 
+        for name, k, d, h, decay, steps, key, low, high, sentence in ROWS:
+            say(name, f"{('units', 'tens', 'hundreds', 'thousands')[k]}, {sentence}: {key}", NOTES + sentence,
+                of(key, k, d, h, decay, steps=steps), "in", (low, high))
+        g = np.random.default_rng(0)
 
-def config_name(run):
-    """A configuration in words, with the notes' width/heads."""
-    if run.study == "all":
-        return f"{run.answer} {run.d_model}/{run.n_heads}"
-    return f"{digit_name(run, run.digit)} {run.d_model}/{run.n_heads} decay {run.weight_decay:g}"
+        def interval(f, *groups):
+            """f of the groups, with its 95 % interval over resampled runs."""
+            draws = [f(*(g.choice(x, len(x)) for x in groups)) for _ in range(500)]
+            return f(*groups), *np.quantile(draws, [.025, .975])
 
+        middle = lambda key, *where: of(key, *where)
+        widths = [of("descent", U, d, 4, 0) for d in (8, 16, 128)]
+        slope = lambda *waits: math.exp(-np.polyfit([3, 4, 7], np.log([np.median(x) for x in waits]), 1)[0])
+        say("width-delays", "halving the width delays the units' descent by x1.3 to x1.75 (4 heads, widths 8 to 128)",
+            NOTES + "smth like x1.5 time to drop per /2 of d_model", interval(slope, *widths), "in", (1.3, 1.75))
+        growth = lambda a, b, c: math.log(np.median(c) / np.median(b)) / math.log(3 / 2) - math.log(np.median(b) / np.median(a))
+        waits = [of("descent", U, d, d, 0) for d in (8, 4)] + [of("descent", U, 2, 2, 0)]
+        bend = lambda a, b, c: math.log(np.median(c) / np.median(b)) - math.log(np.median(b) / np.median(a))
+        say("width-hyper", "the delay per halving grows towards width 2 (log of 2/2 over 4/4, minus 4/4 over 8/8)",
+            NOTES + "maybe hyperexponentially, when close to 0", interval(bend, *waits), ">", 0)
+        say("waiting-exponential", *Sweep.waiting(of("descent", U, 2, 2, 0), g))
+        later = lambda many, few: np.mean(many[:, None] > few)
+        for d, few, many in (16, 1, 4), (8, 1, 4), (8, 4, 8), (4, 1, 4):
+            say(f"heads-slow-units-{d}", f"{d} wide, the units descend later with {many} heads than with {few} (share of pairs of runs)",
+                NOTES + "for this task more heads are worse (considerably slow down convergences)",
+                interval(later, of("descent", U, d, many, 0), of("descent", U, d, few, 0)), ">", .5)
+        setting = [(.25, 1e-8), (.5, 1e-8), (1, 1e-8), (.5, 1e-9), (.5, 1e-7), (.5, 1e-6)]
+        floor = lambda *levels: np.polyfit(np.log([w * e for w, e in setting]), [np.log(x).mean() for x in levels], 1)[0]
+        say("decay-floor", "decay sets a floor on the units' loss, proportional to weight_decay x eps (log-log slope)",
+            NOTES + "WD=1: to 20e-9; WD=0.5: to 8e-9", interval(floor, *(of("final", U, 128, 4, w, e) for w, e in setting)),
+            "in", (.8, 1.2))
+        slow = of("final", U, 128, 4, .5) / of("lowest", U, 128, 4, .5)
+        say("slow-regrowth", "at decay .5 the units' loss grows back slowly by 5 % or more after its lowest (that this is the early bump "
+            "slowed down thirty times, no curve decides: an intervention that removes one would have to remove the other)",
+            NOTES + "dips to 7-8 & then slowly goes back to 8-9", slow, ">", 1.05)
+        ratio = lambda a, b: np.median(a) / np.median(b)
+        say("decay-damps", "decay .25 at least halves the tens' vibration (deviation of log loss after step 1000, over that at decay 0)",
+            NOTES + "WD=0.25 diminishes the loss vibration drastically",
+            interval(ratio, of("vibration", T, 128, 4, .25), of("vibration", T, 128, 4, 0)), "<", .5)
+        say("heads-speed-tens", "the tens converge sooner with 128 heads than with 2 (128 wide; ratio of steps)", NOTES +
+            "more heads makes things happen faster I think", interval(ratio, of("reach", T, 128, 128, .25), of("reach", T, 128, 2, .25)),
+            "<", 1)
+        alone = np.concatenate([of("reach", T, d, 1, .25) for d in (128, 256, 512)])
+        say("one-head-fails-tens", "one head never brings the tens below 1e-3 (widths 128, 256, 512)", NOTES + "1 is too few (even for "
+            "512/1)", alone, ">", 1e9)
+        decays = (0, .1, .15, .2, .225, .25, .5)
+        trend = lambda *counts: np.polyfit(decays, [x.mean() for x in counts], 1)[0]
+        say("decay-spikes", "the tens spike more often with more decay (spikes a run, slope over decay)", NOTES + "a repeatable gradient "
+            "spike, intensified by WD", interval(trend, *(of("spikes", T, 128, 4, w, steps=5000) for w in decays)), ">", 0)
 
-def train_groups(groups, folder, evaluate=evaluate):
-    """Train every group of runs; returns a list of (runs, params, metrics, snapshots, milestones)."""
-    parts = []
-    for i, runs in enumerate(groups):
-        sub = folder.sub(i, len(groups))
-        state, metrics, snapshots = train(runs, sub, evaluate)
-        blind = np.array([math.log(r.base) if r.study == "all" else floors(r.base, r.digits)[r.digit, 0] for r in runs])
-        found = milestones(metrics["loss"], blind)
-        sub.result(runs, metrics, {"loss": metrics["eval_loss"][-1], "accuracy": metrics["eval_accuracy"][-1], **found},
-                   snapshots)
-        parts.append((runs, state["params"], metrics, snapshots, found))
-        if folder.interrupted:
-            break
-    return parts
+    def waiting(waits, g):
+        """Are waiting times exponential above a dead time? Deviation over mean excess of those above the least, against its central
+        95 % for exponential times (which this rule rejects once in twenty); how often gamma(2) times would pass is said with it."""
+        def excess(x):
+            rest = np.sort(x)[1:] - x.min()
+            return rest.std(ddof=1) / rest.mean()
+        n = len(waits)
+        null = np.quantile([excess(g.exponential(size=n)) for _ in range(2000)], [.025, .975])
+        passing = np.mean([null[0] <= excess(g.gamma(2, size=n)) <= null[1] for _ in range(2000)])
+        value = excess(waits) if np.isfinite(waits).all() else math.nan
+        statement = (f"waiting times of 2/2 over {n} seeds are exponential above a dead time (deviation over mean excess; gamma(2) times "
+                     f"would pass in {passing:.0%}; no verdict while a seed has not descended)")
+        measured = float(value) if np.isfinite(value) else [value]
+        return (statement, NOTES + "chances of extant circuits to be accidentally close enough to the necessary basin of attraction",
+                measured, "in", tuple(null))
 
-
-def curves(parts):
-    """The arrays of trained groups side by side: step [T], eval_step [M], loss [T, R], eval_* [M, R, ...], milestones,
-    digit and config [R], and delta_spectrum [R, 2, base], the last of eval_delta. Groups of different length are cut to the
-    shortest."""
-    T, M = (min(len(m[k]) for _, _, m, *_ in parts) for k in ("step", "eval_step"))
-    runs = [r for part in parts for r in part[0]]
-    arrays = {"step": parts[0][2]["step"][:T], "eval_step": parts[0][2]["eval_step"][:M],
-              "digit": np.array([r.digit for r in runs]), "config": np.array([config_name(r) for r in runs]),
-              "loss": np.concatenate([p[2]["loss"][:T] for p in parts], 1)}
-    arrays |= {k: np.concatenate([p[2][k][:M] for p in parts],
-                                 1) for k in parts[0][2] if k.startswith("eval_") and k != "eval_step"}
-    if "eval_delta" in arrays:
-        arrays["delta_spectrum"] = arrays["eval_delta"][-1]
-    return arrays | {k: np.concatenate([p[4][k] for p in parts]) for k in parts[0][4]}
-
-
-def compute_digit(flags, folder):
-    """Train the configurations of --sweep; arrays as in `curves`, and rest_level, rest_step [R] of the first shelf below
-    the blind one."""
-    arrays = curves(train_groups(common.groups_of_runs(flags), folder))
-    level, step = np.concatenate([resting_level(arrays["loss"][:, [i]], floors(flags.base, flags.digits)[k, 0] - .1, .5)
-                                  for i, k in enumerate(arrays["digit"])], 1)
-    return arrays | {"rest_level": level, "rest_step": step}
-
-
-def judge_digit(arrays, flags):
-    """The notes' sentences about units and tens at 128/4."""
-    enough = (flags.d_model, flags.n_heads, flags.base) == (128, 4, 10) and flags.steps >= 1000
-    claims = []
-
-    def add(id, statement, quote, expected, measured, agree, enough=enough):
-        claims.append(common.claim(id, statement, f'{NOTES}: "{quote}"', expected, measured, agree, enough))
-    for k, name in ((0, "units"), (1, "tens")):
-        mine = arrays["digit"] == k
-        if not mine.any():
-            continue
-        descent, bump, lowest, level = (arrays[n][mine] for n in ("descent", "bump", "lowest", "rest_level"))
-        add(f"{name}-descend", f"the {name} at 128/4 leave log 10 at step 100 to 240", "first descent at 120", "100 .. 240",
-            descent, (descent >= 100) & (descent <= 240))
-        if k == 0:
-            add("units-bump", "after the descent the units' loss grows back by 10 % or more before step 600 (decay .25)",
-                "WD=0.25: a brief step / mild growback at 200-300 batches is still visible", ">= 1.1", bump, bump >= 1.1,
-                enough and flags.weight_decay == .25)
-            add("units-zero", "the units' loss falls below 1e-7", "descent to 8e-9 & stability", "< 1e-7", lowest,
-                lowest < 1e-7)
-            continue
-        at = np.array([np.abs(arrays["eval_step"] - s).argmin() if s == s else 0 for s in arrays["rest_step"][mine]])
-        loss, pair = (arrays[f"eval_{n}"][:, mine][at, np.arange(mine.sum())] for n in ("loss", "pair"))
-        excess = loss - pair - floors(flags.base, flags.digits)[1, 1]
-        kinds = [shelf_kind(flags, 1, a, b, math.inf) for a, b in zip(loss, pair)]
-        add("tens-shelf", "the tens' first shelf lies at .72 to .86 nats", "a consistent 0.8-step", ".72 .. .86", level,
-            (level >= .72) & (level <= .86))
-        add("tens-shelf-parts",
-            "that shelf is what the column still costs, plus H(p_1) for the carry: loss - pair - H(p_1) is 0",
-            "log2; p(naive-sum-digit), p(naive-sum-digit+1)", "within .1", excess, np.abs(excess) < .1)
-        add("tens-carry-blind", "on that shelf the model knows its column and not the carry",
-            "the theory that it learns to choose between the two possible ones", "carry-blind", ", ".join(kinds),
-            np.array([x == "carry-blind" for x in kinds]))
-    return claims
+    def draw_rows(arrays, flags):
+        fields = ("digit", "weight_decay", "eps", "n_heads", "d_model", "steps")
+        keys = list(zip(*(arrays[f].tolist() for f in fields)))
+        configs = sorted(set(keys))
+        figure, (a, b) = common.panels(2, "Every configuration: when it descends, where it ends", flags,
+                                       size=(5.4, max(3.7, .16 * len(configs))))
+        wanted = {} if flags.sweep else {(row[1], row[4], 1e-8, row[3], row[2], row[5], row[6]): row[7:9] for row in ROWS}
+        for y, config in enumerate(configs):
+            mine = np.array([k == config for k in keys])
+            descent = arrays["descent"][mine]
+            a.plot(descent, np.full(mine.sum(), y), "o", color=BLUE, ms=3, alpha=.6)
+            b.plot(np.maximum(arrays["final"][mine], 1e-13), np.full(mine.sum(), y), "o", color=BLUE, ms=3, alpha=.6)
+            never, stuck = np.isinf(descent).sum(), wanted.get((*config, "reach"))
+            a.text(config[-1], y, f" {never} never" * bool(never), fontsize=5, va="center")
+            for ax, key in (a, "descent"), (b, "final"), (b, "lowest"):
+                low, high = wanted.get((*config, key), (0, math.inf))
+                if low > 0 and math.isfinite(high):
+                    ax.plot([low, high], [y, y], color=RED, lw=4, alpha=.35, solid_capstyle="butt")
+            if stuck:
+                b.text(5, y, "  notes: converges" if stuck[0] == 1 else "  notes: does not", fontsize=5, va="center", color=RED)
+            if config[0]:
+                level = floors(flags.base, flags.digits)[config[0], 1]
+                b.plot([level, level], [y - .5, y + .5], color="grey", lw=1)
+        a.plot([], [], color=RED, lw=4, alpha=.35, label="the notes, with their tolerance")
+        b.plot([], [], color="grey", lw=1, label="own column, no carry (exact)")
+        b.axvline(math.log(flags.base), color="grey", ls="--", lw=.8, label="sees nothing (exact)")
+        names = [f"{digit_name(flags, k)} {d}/{h} decay {w:g}" + f" eps {e:g}" * (e != 1e-8) for k, w, e, h, d, _ in configs]
+        a.set(xscale="log", xlabel="step of first descent", yticks=range(len(configs)))
+        a.set_yticklabels(names, fontsize=5.5)
+        b.set(xscale="log", xlabel="final loss (nats)", yticks=[], xlim=(1e-13, 5))
+        for ax in (a, b):
+            ax.legend(fontsize=6, loc="upper left")
+        return figure
 
 
 # The notes' tables: (id, digit, d_model, n_heads, weight_decay, steps, quantity, lowest, highest, sentence). A quoted step
@@ -1131,7 +1210,7 @@ def judge_digit(arrays, flags):
 STEP = lambda s: ("descent", s / 1.5, s * 1.5)
 LEVEL = lambda x: ("final", x / 1.5, x * 1.5)
 FALLS_TO = lambda x: ("lowest", x / 3, x * 3)
-CONVERGES, STUCK = ("reach", 1, 1e9), ("reach", math.inf, math.inf)  # a step that never comes counts as infinite
+CONVERGES, STUCK = ("reach", 1, 1e9), ("reach", math.inf, math.inf)  # a step that never comes is infinite
 U, T, H, K = 0, 1, 2, 3
 ROWS = [
     ("u1", U, 128, 4, 0, 3000, *STEP(120), "decay 0: first descent at 120"),
@@ -1198,371 +1277,7 @@ ROWS = [
 ]
 
 
-def points_of(flags):
-    """Configurations of study `sweep`: the grid of --sweep, or every row of the notes' tables with its own number of
-    steps (scaled by --steps / 5000) and three more values of eps for the floor that decay sets."""
-    if flags.sweep:
-        grid = common.swept(flags)
-        return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
-    rows = {(digit, d, h, decay, flags.eps, steps) for _, digit, d, h, decay, steps, *_ in ROWS}
-    rows |= {(U, 128, 4, .5, eps, 3000) for eps in (1e-9, 1e-7, 1e-6)}
-    if flags.smoke:
-        rows = {r for r in rows if r[1] <= 2}
-    points = [dict(digit=k, d_model=d, n_heads=h, weight_decay=w, eps=e, steps=max(1, n * flags.steps // 5000))
-              for k, d, h, w, e, n in sorted(rows)]
-    return sorted(points, key=lambda p: (p["d_model"] + 4 * p["n_heads"]) ** 2 * p["steps"])
-
-
-def compute_sweep(flags, folder):
-    """Train every configuration; table.md in the folder is the result in words. Arrays [R]: the swept fields, seed,
-    milestones, kind (of the level on which a run ends, see shelf_kind), delta_spectrum [R, 2, base]; curve [R, 200] at
-    curve_step [R, 200], the 10-step geometric mean of the loss at log-spaced steps."""
-    small = lambda p: p.get("d_model", flags.d_model) <= 4  # sixteen such runs take as long as four
-    groups = [g for tiny, points in itertools.groupby(points_of(flags), small)
-              for g in common.groups_of_runs(replace(flags, runs=flags.runs * (4 if tiny else 1)), list(points))]
-    parts = train_groups(groups, folder)
-    runs = [r for part in parts for r in part[0]]
-    arrays = {k: np.array([getattr(r, k) for r in runs]) for k in
-              ("digit", "d_model", "n_heads", "weight_decay", "eps", "steps", "seed", *common.swept(flags))}
-    arrays |= {k: np.concatenate([p[4][k] for p in parts]) for k in parts[0][4]}
-    ends = [evaluate(run, common.run_of(params, r), evaluation_set(flags)) for group, params, *_ in parts
-            for r, run in enumerate(group)]
-    arrays["delta_spectrum"] = np.stack([e["delta"].numpy() for e in ends])
-    arrays["kind"] = np.array([shelf_kind(run, run.digit, *(float(e[k]) for k in ("loss", "pair", "alias")))
-                               for run, e in zip(runs, ends)])
-    at = [np.unique(np.geomspace(1, len(p[2]["step"]), 200).round()).astype(int) for p in parts]
-    pad = lambda x: np.pad(x.astype(float), [(0, 0), (0, 200 - x.shape[1])], constant_values=np.nan)
-    arrays["curve"] = np.concatenate([pad(geometric(p[2]["loss"])[i - 1].T) for i, p in zip(at, parts)])
-    arrays["curve_step"] = np.concatenate([pad(np.tile(i, (len(p[0]), 1))) for i, p in zip(at, parts)])
-    folder.write("table.md", table(arrays, flags).encode())
-    return arrays
-
-
-def table(arrays, flags):
-    """A markdown table, one row for each configuration: how many seeds converge (10-step mean below 1e-3), the median step
-    of first descent, the final loss and the kind of level that it rests on, and beside it the notes with their verdict."""
-    fields = ("digit", "d_model", "n_heads", "weight_decay", "eps", "steps")
-    keys = list(zip(*(arrays[f].tolist() for f in fields)))
-    verdict = {c["id"]: {True: "agrees", False: "disagrees", None: "undecided"}[c["holds"]] for c in judge_sweep(arrays, flags)}
-    lines = ["| digit | width/heads | decay | steps | converge | descent, median | final loss | ends | the notes say |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
-    for key in sorted(set(keys), key=lambda c: (c[0], c[3], c[4], c[1], c[2])):
-        k, d, heads, decay, eps, steps = key
-        mine = np.array([x == key for x in keys])
-        descent = np.where(np.isnan(arrays["descent"][mine]), np.inf, arrays["descent"][mine])
-        kinds = {x: int((arrays["kind"][mine] == x).sum()) for x in sorted(set(arrays["kind"][mine].tolist()))}
-        said = [f"{sentence}: **{verdict[id]}**" for id, *row, n, _, _, _, sentence in ROWS
-                if id in verdict and row == [k, d, heads, decay] and eps == flags.eps and steps == max(1,
-                                                                                                       n * flags.steps // 5000)]
-        cells = (digit_name(flags, k), f"{d}/{heads}", f"{decay:g}" + f", eps {eps:g}" * (eps != flags.eps), steps,
-                 f"{np.isfinite(arrays['reach'][mine]).sum()} of {mine.sum()}", f"{np.median(descent):.0f}",
-                 common.spread(arrays["final"][mine]), ", ".join(f"{x} {n}" for x, n in kinds.items()), "; ".join(said))
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
-
-
-def judge_sweep(arrays, flags):
-    """One claim for each row of the notes' tables, and the sentences about trends."""
-    if flags.sweep:
-        return []
-    enough, claims = flags.steps >= 5000 and not flags.smoke, []
-
-    def add(id, statement, quote, expected, measured, agree):
-        claims.append(common.claim(id, statement, f'{NOTES}: "{quote}"', expected, measured, agree, enough))
-
-    def pick(k, d, h, decay, eps=flags.eps):
-        return ((arrays["digit"] == k) & (arrays["d_model"] == d) & (arrays["n_heads"] == h)
-                & np.isclose(arrays["weight_decay"], decay) & np.isclose(arrays["eps"], eps, rtol=1e-3, atol=0))
-
-    def median(key, mine):
-        """Median over runs, where a step that never comes is infinite; NaN without runs."""
-        return np.median(np.where(np.isnan(arrays[key][mine]), np.inf, arrays[key][mine])) if mine.any() else math.nan
-
-    for name, k, d, h, decay, steps, quantity, low, high, sentence in ROWS:
-        mine = pick(k, d, h, decay) & (arrays["steps"] == max(1, steps * flags.steps // 5000))
-        if mine.any():
-            value = np.where(np.isnan(arrays[quantity][mine]), np.inf, arrays[quantity][mine])
-            add(name, f"{digit_name(flags, k)}, {sentence}", sentence, f"{quantity} {low:.3g} .. {high:.3g}",
-                f"{quantity} {common.spread(arrays[quantity][mine])}", (value >= low) & (value <= high))
-
-    widths = np.array([8, 16, 128])
-    steps = np.array([median("descent", pick(U, d, 4, 0)) for d in widths])
-    if np.isfinite(steps).all():
-        factor = math.exp(-np.polyfit(np.log2(widths), np.log(steps), 1)[0])
-        add("width-delays", "halving the width delays the units' descent by about 1.5 (4 heads, widths 8 to 128)",
-            "smth like x1.5 time to drop per /2 of d_model", "1.3 .. 1.75", f"x{factor:.2f}", 1.3 <= factor <= 1.75)
-    waits = np.array([median("descent", pick(U, d, d, 0)) for d in (8, 4, 3, 2)])
-    if not np.isnan(waits).any():
-        growth = (waits[1:] / waits[:-1]) ** (1 / np.log2([2, 4 / 3, 3 / 2]))
-        add("width-hyper", "near width 2 the delay per halving grows (8/8, 4/4, 3/3, 2/2)",
-            "maybe hyperexponentially, when close to 0",
-            "increasing",
-            f"medians {', '.join(f'{x:.0f}' for x in waits)}; per halving {', '.join(f'x{x:.2f}' for x in growth)}",
-            bool(np.all(np.diff(growth) > 0)) if np.isfinite(waits).all() else None)
-    mine = pick(U, 2, 2, 0)
-    done = arrays["descent"][mine & np.isfinite(arrays["descent"])]
-    if len(done) >= 8:  # above a dead time, exponential waits have deviation = mean; waits that scatter around a mean have not
-        ratio = done.std(ddof=1) / (done.mean() - done.min())
-        add("waiting-exponential", "the waiting times of 2/2 over seeds are exponential above a dead time",
-            "chances of extant circuits to be accidentally close enough to the necessary basin of attraction",
-            "deviation / mean excess .75 .. 1.33", f"{ratio:.2f}, {len(done)} of {mine.sum()} seeds descended",
-            .75 <= ratio <= 1.33 if len(done) >= .8 * mine.sum() else None)
-    wait = lambda d, h: np.nan_to_num(arrays["descent"][pick(U, d, h, 0)], nan=1e9)
-    pairs = [(16, 1, 4), (8, 1, 4), (8, 4, 8), (4, 1, 4)]
-    pairs = [(d, few, many) for d, few, many in pairs if len(wait(d, few)) and len(wait(d, many))]
-    if pairs:
-        later = np.array([np.mean(wait(d, many)[:, None] > wait(d, few)) for d, few, many in pairs])
-        add("heads-slow-units",
-            "more heads slow the units by more than seeds differ (a run with more heads descends later than one "
-            "with fewer, in 3 of 4 pairs of runs)", "for this task more heads are worse (considerably slow down convergences)",
-            "each share > .75", ", ".join(f"{d}/{m} after {d}/{f}: {x:.2f}" for (d, f, m), x in zip(pairs, later)),
-            True if (later > .75).all() else None if (later > .75).any() else False)
-    floor = [(w * e, y) for w, e in ((.25, 1e-8), (.5, 1e-8), (1, 1e-8), (.5, 1e-9), (.5, 1e-7), (.5, 1e-6))
-             for y in arrays["final"][pick(U, 128, 4, w, e)]]
-    if floor:
-        slope = np.polyfit(*np.log(np.array(floor).T), 1)[0]
-        add("decay-floor", "decay sets a floor on the units' loss, proportional to weight_decay x eps",
-            "WD=1: to 20e-9; WD=0.5: to 8e-9",
-            "log-log slope .8 .. 1.2", f"slope {slope:.2f} over {len(floor)} runs", .8 <= slope <= 1.2)
-        slow = (arrays["final"] / arrays["lowest"])[pick(U, 128, 4, .5)]
-        add("slow-regrowth",
-            "at decay .5 the units' loss slowly grows back by 5 % or more after its lowest (whether it is the early bump "
-            "slowed down, this cannot tell)", "dips to 7-8 & then slowly goes back to 8-9", ">= 1.05", slow, slow >= 1.05)
-    damp = [median("vibration", pick(T, 128, 4, w)) for w in (0, .25, .5)]
-    if not np.isnan(damp).any():
-        add("decay-damps", "decay damps the tens' vibration (deviation of log loss after step 1000, decay 0 against .25)",
-            "WD=0.25 diminishes the loss vibration drastically", "at most half",
-            "{:.3g} at 0, {:.3g} at .25, {:.3g} at .5".format(*damp), damp[1] <= damp[0] / 2)
-    speed = np.array([median("reach", pick(T, 128, h, .25)) for h in (1, 2, 4, 128)])
-    if not np.isnan(speed).any():
-        add("heads-speed-tens", "more heads make the tens converge sooner (128 wide; 1, 2, 4, 128 heads)",
-            "more heads makes things happen faster I think", "decreasing", ", ".join(f"{x:.0f}" for x in speed),
-            bool(np.all(np.diff(np.minimum(speed, 1e9)) < 0)))
-    alone = np.concatenate([arrays["reach"][pick(T, d, 1, .25)] for d in (128, 256, 512)])
-    if len(alone):
-        add("one-head-fails-tens", "one head fails the tens at widths 128, 256 and 512", "1 is too few (even for 512/1)",
-            "never below 1e-3", f"{np.isfinite(alone).sum()} of {len(alone)} runs converge", np.isnan(alone))
-    decays = [w for w in (0, .1, .15, .2, .225, .25, .5) if pick(T, 128, 4, w).any()]
-    spikes = [(w, arrays["spikes"][pick(T, 128, 4, w)].mean()) for w in decays]
-    if len({s for _, s in spikes}) > 1:
-        rank = np.corrcoef(*(np.argsort(np.argsort(x)) for x in zip(*spikes)))[0, 1]
-        add("decay-spikes", "the repeated spike of the tens grows with weight decay",
-            "a repeatable gradient spike, intensified by WD",
-            "rank correlation over decays > .7",
-            f"{rank:.2f}; spikes a run: " + ", ".join(f"{w:g}: {s:.2g}" for w, s in spikes),
-            True if rank > .7 else False if rank < .3 else None)
-    return claims
-
-
-def compute_all(flags, folder):
-    """Train every answer mode; arrays as in `curves` with eval_digit_loss [M, R, D+1] (digits from the units up) and
-    ablation [R, parts, D+1]: heads in order, then the MLP."""
-    parts = train_groups(common.groups_of_runs(flags), folder, evaluate_all)
-    fixed = evaluation_set(flags)[:, :EXAMPLES // 4]
-    change = [ablations(run, common.run_of(params, r), fixed) for runs, params, *_ in parts for r, run in enumerate(runs)]
-    return curves(parts) | {"ablation": torch.stack(change)}
-
-
-def judge_all(arrays, flags):
-    """Are the units first, and does teacher forcing leak?"""
-    claims, enough = [], flags.steps >= 2000 and flags.base == 10
-    loss, teacher = arrays["eval_digit_loss"], np.char.startswith(arrays["config"], "teacher")
-    below = loss < .1  # [M, R, D+1]
-    when = np.where(below.any(0), below.argmax(0), len(loss))  # [R, D+1]
-    for mode, mine in (("teacher", teacher), ("parallel", ~teacher)):
-        if mine.any():
-            first = [digit_name(flags, int(w.argmin())) if w.min() < len(loss) else "none" for w in when[mine]]
-            claims.append(common.claim(
-                f"units-first-{mode}", f"with {mode} answers the units are the first digit below .1 nats",
-                f'{NOTES}: "training on all digits simultaneously"', "units", ", ".join(first),
-                np.array([f == "units" for f in first]), enough))
-    if teacher.any() and (~teacher).any() and flags.digits > 2:
-        fed, alone = loss[-1][teacher, 2], loss[-1][~teacher, 2]
-        claims.append(common.claim(
-            "teacher-leaks", "teacher forcing makes the hundreds easier: each teacher run ends below each parallel one",
-            "the earlier answer digits give away the carry where n = base - 1", "teacher < parallel",
-            f"teacher {common.spread(fed)}; parallel {common.spread(alone)}",
-            True if fed.max() < alone.min() else False if np.median(fed) >= np.median(alone) else None, enough))
-    return claims
-
-
-def compute_theory(flags, folder):
-    """Exact: carry_probability [D+1], floor [D+1, D+2] (digit, columns seen), half_seen [D+1], teacher_floor [D+1],
-    leading_entropy [] and one_wide_bound [], the least loss of any model whose residual stream is one number."""
-    arrays = {"carry_probability": [carry_probability(flags.base, k) for k in range(flags.digits + 1)],
-              "floor": floors(flags.base, flags.digits),
-              "half_seen": [math.nan] + [half_seen_floor(flags.base, k) for k in range(1, flags.digits + 1)],
-              "teacher_floor": [teacher_floor(flags.base, k) for k in range(flags.digits)] + [math.nan],
-              "leading_entropy": leading_entropy(flags.base, flags.digits), "one_wide_bound": one_wide_bound(flags)}
-    print(f"base {flags.base}, {flags.digits} digits; loss in nats of digit k by columns seen")
-    for k in range(flags.digits + 1):
-        seen = "  ".join(f"{x:.7f}" for x in arrays["floor"][k] if np.isfinite(x))
-        print(f"  {digit_name(flags, k):14} P(carry in) {arrays['carry_probability'][k]:.6f}   {seen}")
-    print(f"  tens, own column and one digit below: {arrays['half_seen'][1]:.6f}")
-    print(f"  H(z_{flags.digits - 1} | z_{flags.digits}) = {arrays['leading_entropy']:.6f}")
-    print(f"  least units' loss found for a residual stream of one number: {arrays['one_wide_bound']:.3f}")
-    return arrays
-
-
-def one_wide_bound(flags, starts=64, steps=2000):
-    """Least loss of the units that a model with d_model = 1 can have, whatever comes before W_U: its logits are x u with
-    one number x per answer and u in R^vocab. Best of many descents on (x, u): numerical, not proved."""
-    g = common.generator(0, "law")
-    values = {"x": 3 * torch.randn(starts, flags.base, 1, generator=g), "u": torch.randn(starts, 1, flags.vocab, generator=g)}
-    state = common.adam_init(values)
-    labels = torch.arange(flags.base).expand(starts, -1)
-    loss_of = lambda v: nll(v["x"] * v["u"], labels).mean(1).sum()
-    for _ in range(200 if flags.smoke else steps):
-        values, state = common.adamw(values, torch.func.grad(loss_of)(values), state, .03)
-    return nll(values["x"] * values["u"], labels).mean(1).min().item()
-
-
-def judge_theory(arrays, flags):
-    """The identities that hold at base 10 and five digits, and the shelf that the notes read as log 2."""
-    tens = float(arrays["floor"][1, 1])
-    bound = float(arrays["one_wide_bound"])
-    return [common.claim("tens-at-log2", "the shelf of tens that know no carry is log 2",
-                         f'{NOTES}: "8/1: yep to log2. a little higher actually"',
-                         f"{math.log(2):.7f}",
-                         f"{tens:.7f}, since the carry has probability {arrays['carry_probability'][1]:.2f}",
-                         abs(tens - math.log(2)) < 1e-4),
-            common.claim("one-wide-can", "a 1/1 model can leave log base at all",
-                         f'{NOTES}: "1/1: does not descend from log10 in 50k"',
-                         f"< {math.log(flags.base):.3f}", f"the best readout of one number has {bound:.3f} nats",
-                         bound < math.log(flags.base) - .1, not flags.smoke)]
-
-
-def compute_anatomy(flags, folder):
-    """Take models apart: those of --checkpoint, or new ones. Arrays: digit, config [R], everything that `anatomy` returns
-    [R, ...], and over training, from snapshots, over_step [S] and what `develop` returns as over_* [S, R, ...]."""
-    fixed = evaluation_set(flags)
-    if flags.checkpoint:
-        saved = common.load_checkpoint(flags.checkpoint)["params"]
-        common.same_shapes({"params": common.run_of(saved, 0), "optimiser": {}}, {"params": start(flags)["params"]},
-                           flags.checkpoint)
-        runs, snapshots = [flags] * len(saved["W_E"]), {}
-        params = [common.run_of(saved, r) for r in range(len(runs))]
-    else:
-        groups = common.groups_of_runs(flags)
-        if len(groups) > 1:
-            raise common.Stop("--study anatomy compares runs of one shape: sweep fields that are numbers, such as digit")
-        (runs, saved, _, snapshots, _), = train_groups(groups, folder)
-        params = [common.run_of(saved, r) for r in range(len(runs))]
-    arrays = {"digit": np.array([r.digit for r in runs]), "config": np.array([config_name(r) for r in runs])}
-    arrays |= common.stacked([anatomy(run, p, fixed) for run, p in zip(runs, params)])
-    over = []
-    for step in sorted(snapshots, key=int):
-        found = [develop(run, common.run_of(snapshots[step], r), fixed[:, :2048]) for r, run in enumerate(runs)]
-        over.append({"step": torch.tensor(int(step)), **common.stacked(found)})
-    return arrays | {f"over_{k}": v for k, v in common.stacked(over).items()}
-
-
-def judge_anatomy(arrays, flags):
-    """The sentences that the notes quote from the analysis of modular addition, on this task. Only runs that have solved it
-    (loss below .05) vote: a circuit is read off a model that has one."""
-    claims, enough = [], not flags.smoke and bool(flags.steps >= 1000 or flags.checkpoint)
-    for name, mine, k in configurations(arrays, 4):
-        name, solved = digit_name(flags, k), arrays["full_loss"][mine] < .05
-
-        def add(id, statement, expected, values, agree, name=name, solved=solved):
-            claims.append(common.claim(f"{id}-{name}", f"{name}: {statement}", f"Nanda et al. 2023, quoted in the {NOTES}",
-                                       expected, values, agree[solved], enough))
-        itself, skip = arrays["shortcuts"][mine].T
-        add("self-attention", "attention of `=` to itself is negligible (mean ablation costs less than .01 nats)", "< .01",
-            itself, itself < .01)
-        add("skip", "the skip past the MLP acts as a bias (mean ablation costs less than .01 nats)", "< .01", skip, skip < .01)
-        cosine, _, _, null = arrays["place_similarity"][mine][:, min(k, flags.digits - 1), 0].T
-        add("same-places",
-            f"the position vectors of a_k and b_k are the same (99 % of permuted ones stay below {np.median(null):.2f})",
-            "cosine > .9", cosine, cosine > .9)
-        top = np.sort(arrays["embedding_spectrum"][mine], 1)[:, -2:].sum(1)
-        add("sparse-embedding", f"W_E is sparse in the Fourier basis (two of {flags.base // 2} frequencies hold 80 % of it)",
-            "> .8", top, top > .8)
-        if "neuron_r2" in arrays:
-            best = np.median(arrays["neuron_r2"][mine].max(-1), 1)
-            add("nine-terms", "nine terms of one frequency give most of a neuron", "median R^2 > .85", best, best > .85)
-            before, after = arrays["term_energy"][mine].sum(2)[..., 2].T
-            add("cancels", f"W_out W_U leave only the terms of a+b (90 % of the power; {np.median(before):.0%} before)",
-                "> .9", after, after > .9)
-    return claims
-
-
-SPIKE_BEFORE, SPIKE_AFTER = 150, 100  # steps around a spike; forks start at the chunk boundary before
-AROUND = ("loss", "grad_norm", "second_moment", "weight_norm", "update_norm")
-INTERVENTIONS = {"none": {}, "eps 1e-6": dict(eps=1e-6), "beta2 .999": dict(beta2=.999), "clip at median": dict(clip=None),
-                 "decay off": dict(weight_decay=0.), "rate / 2": dict(lr=.5)}
-
-
-def compute_spikes(flags, folder):
-    """Train, find each run's first spike, train it again to just before (a run is a function of its flags), and go on once
-    with each intervention. Arrays: curves as in study digit with grad_norm, second_moment, weight_norm, update_norm
-    [T, R]; around_* [steps, spikes]; fork_loss [interventions, steps, spikes], fork_worst [spikes, interventions]."""
-    groups = common.groups_of_runs(flags)
-    if len(groups) > 1:
-        raise common.Stop("--study spikes compares runs of one shape: sweep fields that are numbers, such as weight_decay")
-    part, = train_groups(groups, folder)
-    runs, _, metrics, *_ = part
-    arrays = curves([part]) | {k: metrics[k] for k in AROUND}
-    window = slice(0, SPIKE_BEFORE + SPIKE_AFTER)
-    spiking = np.flatnonzero((arrays["first_spike"] > SPIKE_BEFORE + common.CHUNK)
-                             & (arrays["first_spike"] <= len(arrays["step"]) - SPIKE_AFTER)).tolist()
-    around, forks = {k: [] for k in AROUND}, []
-    for r in spiking:
-        spike = int(arrays["first_spike"][r])
-        for k in around:
-            around[k].append(arrays[k][spike - SPIKE_BEFORE:spike + SPIKE_AFTER, r])
-        begin = (spike - SPIKE_BEFORE) // common.CHUNK * common.CHUNK
-        again = replace(runs[r], steps=begin, evals=2)
-        state, *_ = train([again], folder.scratch(f"fork{r}"))
-        calm = float(np.median(arrays["grad_norm"][begin - 100:begin, r]))
-        change = lambda c: {k: calm if v is None else again.lr * v if k == "lr" else v for k, v in c.items()}
-        forked = [replace(again, **change(c)) for c in INTERVENTIONS.values()]
-        steps = -(-(spike + SPIKE_AFTER - begin) // common.CHUNK) * common.CHUNK
-        fused = common.Fused(step_of(flags), common.stack([common.run_of(state, 0)] * len(forked)), common.numbers(forked),
-                             torch.stack([sample(again, common.generator(again.seed, "train", 0), again.batch)] * len(forked)),
-                             flags, steps)
-        losses = []
-        for chunk in range(begin // common.CHUNK, (begin + steps) // common.CHUNK):
-            data = sample(again, common.generator(again.seed, "train", chunk), common.CHUNK, again.batch)
-            losses.append(fused(data[:, None].expand(-1, len(forked), -1, -1))["loss"].numpy())
-        forks.append(np.concatenate(losses)[spike - SPIKE_BEFORE - begin:][window])
-        if folder.interrupted:
-            break
-    arrays |= {f"around_{k}": np.stack(v, 1) if v else np.zeros((SPIKE_BEFORE + SPIKE_AFTER, 0)) for k, v in around.items()}
-    forks = np.stack(forks) if forks else np.zeros((0, SPIKE_BEFORE + SPIKE_AFTER, len(INTERVENTIONS)))
-    worst = [geometric(f).max(0) for f in forks]
-    return arrays | {"intervention": np.array(list(INTERVENTIONS)), "fork_loss": forks.transpose(2, 1, 0),
-                     "fork_worst": np.array(worst).reshape(-1, len(INTERVENTIONS))}
-
-
-def judge_spikes(arrays, flags):
-    """Which intervention just before the first spike removes it?"""
-    worst, quote = arrays["fork_worst"], f'{NOTES}: "probably a gradient spike of unclear provenance"'
-    claims = [common.claim("replay", "without an intervention the replayed run spikes again", "control", "above 1e-3",
-                           worst[:, 0], worst[:, 0] > 1e-3, not flags.smoke)]
-    for i, name in list(enumerate(arrays["intervention"].tolist()))[1:]:
-        claims.append(common.claim(f"cause-{name.replace(' ', '-')}",
-                                   f"{name} just before the first spike removes it (up to {SPIKE_AFTER} steps after)", quote,
-                                   "stays below 1e-3", worst[:, i], worst[:, i] < 1e-3, not flags.smoke))
-    return claims
-
-
-STUDIES = {
-    "digit": (compute_digit, judge_digit, {"curves": draw_curves, "delta": draw_delta, "decomposition": draw_decomposition}),
-    "sweep": (compute_sweep, judge_sweep, {"rows": draw_rows, "heat": draw_heat}),
-    "all": (compute_all, judge_all, {"digits": draw_all}),
-    "anatomy": (compute_anatomy, judge_anatomy,
-                {"attention": draw_attention, "dependence": draw_dependence, "fourier": draw_fourier,
-                                                 "matrices": draw_matrices, "cascade": draw_cascade,
-                                                 "development": draw_development}),
-    "spikes": (compute_spikes, judge_spikes, {"spikes": draw_spikes}),
-    "theory": (compute_theory, judge_theory, {"floors": draw_theory}),
-}
-
-
-def main(argv=None):
-    return common.main(Flags, STUDIES, argv)
-
+STUDIES = [Digit, Theory, All, Anatomy, Spikes, Sweep]
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(common.main(Flags, STUDIES))

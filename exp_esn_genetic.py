@@ -29,8 +29,8 @@ from typing import ClassVar, Literal, NamedTuple
 import numpy as np
 import torch
 
-import common
-from common import by_seed, flag
+import common_v1 as common
+from common_v1 import by_seed, flag
 
 # ---- Flags ----------------------------------------------------------------------------------------------------------
 

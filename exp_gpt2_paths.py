@@ -46,8 +46,8 @@ import torch.nn.functional as F
 from torch.func import grad_and_value
 from tqdm import tqdm
 
-import common
-from common import flag
+import common_v1 as common
+from common_v1 import flag
 
 # ---- Flags ----------------------------------------------------------------------------------------------------------
 

@@ -30,8 +30,8 @@ import numpy as np
 import torch
 from torch.func import grad_and_value
 
-import common
-from common import by_seed, flag, pick
+import common_v1 as common
+from common_v1 import by_seed, flag, pick
 
 # ---- Flags ----------------------------------------------------------------------------------------------------------
 

@@ -1,23 +1,19 @@
-"""What tests of several scripts share."""
+"""What tests share. The ordinary tests run on the CPU everywhere; test_cuda.py alone sees a card (pytest -m cuda)."""
 import contextlib
+import os
+import sys
+from pathlib import Path
+
+if not any("cuda" in word for word in sys.argv):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np
 import pytest
 
 import common
+import common_v1
 
-
-@contextlib.contextmanager
-def stopped(when):
-    """Ctrl-C just before the first checkpoint of which when(step) is true."""
-    checkpoint = common.Folder.checkpoint
-
-    def asked(self, fused, step, *rest, **more):
-        self.stop["asked"] |= when(step)
-        return checkpoint(self, fused, step, *rest, **more)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common.Folder, "checkpoint", asked)
-        yield
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def arrays_of(path):
@@ -29,6 +25,42 @@ def alike(a, b):
     """Whether two run folders hold the same bits."""
     x, y = arrays_of(a), arrays_of(b)
     return x.keys() == y.keys() and all(np.array_equal(x[k], y[k], equal_nan=x[k].dtype.kind == "f") for k in x)
+
+
+def run(exp, line, path=None):
+    """The exit status of a command line of a script."""
+    words = line.split() if isinstance(line, str) else line
+    return common.main(exp.Flags, exp.STUDIES, [*words, *(["--out", str(path)] if path else [])])
+
+
+@contextlib.contextmanager
+def interrupted(after):
+    """Ctrl-C after so many readings of the logs."""
+    real, calls = common.Program.__call__, []
+
+    def call(self, steps):
+        calls.append(steps)
+        if len(calls) == after:
+            os.kill(os.getpid(), 2)
+        return real(self, steps)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.Program, "__call__", call)
+        yield calls
+
+
+# ---- the first edition, until its last script has moved --------------------------------------------------------------
+
+@contextlib.contextmanager
+def stopped(when):
+    """Ctrl-C just before the first checkpoint of which when(step) is true."""
+    checkpoint = common_v1.Folder.checkpoint
+
+    def asked(self, fused, step, *rest, **more):
+        self.stop["asked"] |= when(step)
+        return checkpoint(self, fused, step, *rest, **more)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common_v1.Folder, "checkpoint", asked)
+        yield
 
 
 def cut(main, line, when, path):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-import common
+import common_v1 as common
 import exp_esn_genetic as exp
 from conftest import cut
 

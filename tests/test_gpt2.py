@@ -25,7 +25,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import common
+import common_v1 as common
 import exp_gpt2_paths as exp
 from conftest import stopped
 

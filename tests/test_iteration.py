@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import common
+import common_v1 as common
 import exp_iteration_head as exp
 from conftest import stopped
 

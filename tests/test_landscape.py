@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import common
+import common_v1 as common
 import exp_layernorm_landscape as exp
 from conftest import cut
 

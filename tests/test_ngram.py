@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-import common
+import common_v1 as common
 import exp_ngram_superposition as exp
 from conftest import cut, stopped
 

@@ -1,5 +1,6 @@
-"""What every experiment needs and none owns, in the order in which a run meets it: the surroundings, flags,
-runs, random numbers, the optimiser, processes, the fused loop, the run folder, claims, figures, and `main`.
+"""What every experiment needs and none owns, in the order in which a run meets it: the surroundings,
+flags, runs, random numbers, the optimiser, processes, the fused loop, the run folder, claims, figures,
+and `main`.
 
     python common.py compare RUN RUN ...      which flags and results differ, and one metric drawn
     python common.py claims RUN ...           what runs say about the notes, as markdown
@@ -42,8 +43,9 @@ from typing import Literal
 # ---- Surroundings: settled before torch and matplotlib look at them ---------------------------------
 
 def cache_folder():
-    """Where compiled kernels outlive the process: the first of the usual places that is absolute, writable
-    and free of spaces (a compiler's command would fall apart at one), else a temporary folder."""
+    """Where compiled kernels outlive the process: the first of the usual places that is absolute,
+    writable and free of spaces (a compiler's command would fall apart at one), else a temporary
+    folder."""
     places = [os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")]
     named = [os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")]
     for path in named + [os.path.join(p, "small-networks", "inductor") for p in places]:
@@ -173,7 +175,8 @@ def fields_of(flags):
 
 
 def parse(text, field, where):
-    """A flag's value from its text; Stop with what would have been right. where: how the user knows it."""
+    """A flag's value from its text; Stop with what would have been right. where: how the user knows
+    it."""
     kind, low, high = field.type, field.metadata.get("low"), field.metadata.get("high")
     choices = ["true", "false"] if kind is bool else typing.get_args(kind)
     if choices and text not in choices and kind != list[str]:
@@ -222,7 +225,8 @@ def read_words(words, fields):
             is_list = fields[name].type == list[str]
             found[name] = (found.get(name, []) if is_list else []) + [value] * bool(equals)
         elif equals:
-            raise Stop(f"{option(name)} takes no value: {option(positive)} or {option('no_' + positive)}")
+            other = option("no_" + positive)
+            raise Stop(f"{option(name)} takes no value: {option(positive)} or {other}")
         else:
             found[positive], name = name == positive, None
     for name, values in found.items():
@@ -303,7 +307,7 @@ def device(flags):
     kind = flags.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    return torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
 
 
 def shorthand(flags):
@@ -313,7 +317,8 @@ def shorthand(flags):
         value = getattr(flags, name)
         if name in HOW | {"study"} or value in (getattr(defaults, name), []):
             continue
-        text = " ".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else value
+        text = " ".join(value) if isinstance(value, list) else value
+        text = f"{value:g}" if isinstance(value, float) else text
         words.append({"True": name, "False": f"no_{name}"}.get(str(value), f"{name}{text}"))
     name = re.sub(r"[^\w.,=+-]", "-", "_".join(words))
     if len(name.encode()) < 100:
@@ -326,7 +331,7 @@ def shorthand(flags):
 def swept(flags):
     """{field: values} of --sweep, parsed and checked."""
     fields, grid = fields_of(flags), {}
-    fixed = HOW | {"sweep", "seed", "runs", "study", "smoke", "snapshots", "block"}
+    fixed = HOW | {"sweep", "steps", "seed", "runs", "study", "smoke", "snapshots", "block"}
     for text in flags.sweep:
         name, _, values = text.partition("=")
         name = name.replace("-", "_")
@@ -340,9 +345,10 @@ def swept(flags):
 
 
 def groups_of_runs(flags):
-    """Runs as lists of Flags, one list for each tensor program: within a list only seeds and number fields
-    differ. The configurations are the grid of --sweep, or the study's points, in which a flag given on the
-    command line keeps its value (but for `steps` and `runs`, which a point may choose from them)."""
+    """Runs as lists of Flags, one list for each tensor program: within a list only seeds and number
+    fields differ. The configurations are the grid of --sweep, or the study's points, in which a flag
+    given on the command line keeps its value (but for `steps` and `runs`, which a point may choose from
+    them)."""
     fixed = {*flags.given} - {"steps", "runs"}
     grid = swept(flags)
     points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
@@ -363,8 +369,8 @@ def groups_of_runs(flags):
 
 
 def numbers(runs, constants=None, dtype=torch.float32):
-    """{name: tensor [R, ...]} of what a step receives beside its state: the seed, every number field, and
-    the dict of tensors constants(run)."""
+    """{name: tensor [R, ...]} of what a step receives beside its state: the seed, every number field,
+    and the dict of tensors constants(run)."""
     found = {}
     for name, field in fields_of(runs[0]).items():
         if name == "seed" or field.metadata["number"] and field.type in (bool, int, float):
@@ -375,7 +381,8 @@ def numbers(runs, constants=None, dtype=torch.float32):
 
 def number_fields(run):
     """{name: value} of the seed and of every field in which runs of one group differ."""
-    return {name: getattr(run, name) for name, f in fields_of(run).items() if name == "seed" or f.metadata["number"]}
+    names = [name for name, field in fields_of(run).items() if field.metadata["number"]]
+    return {name: getattr(run, name) for name in ["seed", *names]}
 
 
 def marks(steps, count):
@@ -385,7 +392,7 @@ def marks(steps, count):
     return sorted({0, steps, *(int(round(s)) for s in np.geomspace(1, steps, max(count - 1, 1)))})
 
 
-# ---- Random numbers: a pure function of (seed, stream, step, index) on every device, compiled or not ----
+# ---- Random numbers: a pure function of (seed, stream, step, index), the same on every device -------
 
 MASK = 2 ** 32 - 1
 
@@ -551,9 +558,9 @@ def dry_run(step, state, number):
 
 
 def block_size(flags, params, held):
-    """Runs that go through one kernel together: a power of two that keeps them in a CPU's cache (addition
-    128-wide: 1, 16-wide: 4, 2-wide: 16) or fills a card. It depends on shapes alone, so that a run has
-    the same bits alone and in company. params: of one run; held: bytes that its step holds."""
+    """Runs that go through one kernel together: a power of two that keeps them in a CPU's cache
+    (addition 128-wide: 1, 16-wide: 4, 2-wide: 16) or fills a card. It depends on shapes alone, so that a
+    run has the same bits alone and in company. params: of one run; held: bytes that its step holds."""
     most = CARD_BYTES / held
     if device(flags).type == "cpu":
         most = min(16, CACHE_NUMBERS / sum(4 * p.numel() for p in params.values()))
@@ -561,8 +568,9 @@ def block_size(flags, params, held):
 
 
 class Program:
-    """The step of one run, step(state, number) -> (state, logs), as the step of a block: vmapped, compiled,
-    on CUDA captured as a graph. The state is updated in place; the logs go to a buffer on the device.
+    """The step of one run, step(state, number) -> (state, logs), as the step of a block: vmapped,
+    compiled, on CUDA captured as a graph. The state is updated in place; the logs go to a buffer on the
+    device.
 
     state, number: nested dicts [B, ...], copied; logs: what a step of one run logs, by `dry_run`."""
 
@@ -648,9 +656,9 @@ def train(groups, folder, start, step_of, evaluate_of=None, constants=None, eval
     f(params, number) -> {name: tensor} of one run, at the steps eval_at(flags); constants(run) -> what
     `numbers` takes; final(runs, metrics) -> {name: [R]} for the summary.
 
-    Returns a namespace for each group: runs; state {"params": {name: [R, ...]}, ...}; metrics, what a step
-    logs [T, R, ...] with step [T], what is evaluated [M, R, ...] as eval_* with eval_step [M], and snapshots,
-    step [S] and parameters [S, R, ...], NaN after a run was stopped; final."""
+    Returns a namespace for each group: runs; state {"params": {name: [R, ...]}, ...}; metrics, what a
+    step logs [T, R, ...] with step [T], what is evaluated [M, R, ...] as eval_* with eval_step [M], and
+    snapshots, step [S] and parameters [S, R, ...], NaN after a run was stopped; final."""
     found = []
     for i, runs in enumerate(groups):
         place = folder.sub(f"group{i}") if len(groups) > 1 else folder
@@ -675,8 +683,9 @@ def train(groups, folder, start, step_of, evaluate_of=None, constants=None, eval
 
 
 def train_group(runs, folder, start, step, evaluate, constants, stops):
-    """Train runs of one shape block by block, each to its end in a folder and with a checkpoint of its own, by
-    the process whose turn it is; then all processes read all blocks. Returns the merged checkpoint."""
+    """Train runs of one shape block by block, each to its end in a folder and with a checkpoint of its
+    own, by the process whose turn it is; then all processes read all blocks. Returns the merged
+    checkpoint."""
     flags = runs[0]
     begin = lambda runs: (stack([start(run) for run in runs]), numbers(runs, constants))
     state, number = begin(runs[:1])
@@ -762,13 +771,18 @@ def train_block(program, folder, state, number, flags, evaluate, stops):
 
     def save():
         now = tree(lambda x: x.cpu(), program.state)
-        folder.write("checkpoint.pt", dict(params=now.pop("params"), optimiser=now, step=done, metrics=metrics,
-                                           snapshots=snapshots))
+        folder.write(
+            "checkpoint.pt",
+            dict(
+                params=now.pop("params"), optimiser=now, step=done, metrics=metrics, snapshots=snapshots
+            ),
+        )
 
     if not done:
         look(0)
         log(metrics, flags.steps, 0, program(0))
-    bar = tqdm(total=flags.steps, initial=done, desc=program.label, leave=False, disable=rank() > 0 or None)
+    bar = tqdm(total=flags.steps, initial=done, desc=program.label, leave=False,
+               disable=rank() > 0 or None)  # None: where there is no terminal
     cuts = sorted({done, *range(0, flags.steps, READ), *stops, *keep_at})
     for a, b in itertools.pairwise(c for c in cuts if c >= done):
         if NOW.asked:
@@ -787,17 +801,11 @@ def train_block(program, folder, state, number, flags, evaluate, stops):
     save()
 
 
-def side_by_side(trained, names=None):
-    """Metrics of all groups along one axis of runs, {name: [T, R, ...]}, NaN where a group has fewer steps;
-    step and eval_step are those of the longest."""
-    found = {}
-    for name in names or trained[0].metrics:
-        columns = [t.metrics[name] for t in trained]
-        longest = max(columns, key=len)
-        grow = lambda x: np.pad(x.astype(float), [(0, len(longest) - len(x))] + [(0, 0)] * (x.ndim - 1),
-                                constant_values=np.nan)
-        found[name] = longest if longest.ndim == 1 else np.concatenate([grow(x) for x in columns], 1)
-    return found
+def side_by_side(trained):
+    """The metrics of all groups along one axis of runs, {name: [T, R, ...]}; the step axes are the
+    same."""
+    join = lambda k: np.concatenate([t.metrics[k] for t in trained], 1)
+    return {k: x if x.ndim == 1 else join(k) for k, x in trained[0].metrics.items()}
 
 
 # ---- The run folder ---------------------------------------------------------------------------------
@@ -826,7 +834,7 @@ def decode(name, data):
             return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
         return json.loads(data) if name.endswith(".json") else data
     except Exception as error:  # numpy, zipfile, torch and json raise whatever the bytes lead them to
-        raise Stop(f"{name} is no readable {name.split('.')[-1]} file ({type(error).__name__})") from None
+        raise Stop(f"{name} is damaged or of another kind ({type(error).__name__})") from None
 
 
 def finite(x):
@@ -840,7 +848,8 @@ def finite(x):
 
 
 def checked(saved, state, name):
-    """A checkpoint whose parameters have the shapes of those of a state, apart from the number of runs."""
+    """A checkpoint whose parameters have the shapes of those of a state, apart from the number of
+    runs."""
     shapes = lambda params: {k: tuple(p.shape[1:]) for k, p in params.items()}
     try:
         have, _ = shapes(saved["params"]), saved["step"] + len(saved["optimiser"])
@@ -862,7 +871,8 @@ def checkpoint_of(path, state):
 
 
 class Folder:
-    """One run folder: atomic writes with checksums; `root` is the outermost one, which knows of all runs in it."""
+    """One run folder: atomic writes with checksums; `root` is the outermost one, which knows of all runs
+    in it."""
 
     def __init__(self, path, flags, root=None, own=False):
         self.path, self.flags, self.root = Path(path), flags, root or self
@@ -879,7 +889,8 @@ class Folder:
         return Folder(self.sub(name).path, self.flags)
 
     def book(self, what, start, run_steps=0):
-        """Add the seconds since `start` to what config.json says of compiling, stepping and evaluating."""
+        """Add the seconds since `start` to what config.json says of compiling, stepping and
+        evaluating."""
         self.root.seconds[what] += time.perf_counter() - start
         self.root.seconds["run_steps"] += run_steps
 
@@ -892,8 +903,8 @@ class Folder:
         return sums
 
     def write(self, name, value):
-        """Write a file: first its checksum beside the old one, then the file, each by rename, so that a crash
-        in between leaves a file that is still accepted."""
+        """Write a file: first its checksum beside the old one, then the file, each by rename, so that a
+        crash in between leaves a file that is still accepted."""
         if not self.mine:
             return
         data, sums = encode(name, value), self.sums()
@@ -908,7 +919,8 @@ class Folder:
                 os.replace(temporary, self.path / target)
             except OSError as error:
                 temporary.unlink(missing_ok=True)
-                raise Stop(f"cannot write {self.path / name}: {error.strerror}; what was saved stays") from None
+                raise Stop(f"cannot write {self.path / name}: {error.strerror}; what was saved "
+                           "stays") from None
 
     def has(self, name):
         return (self.path / name).exists()
@@ -920,15 +932,18 @@ class Folder:
         except OSError as error:
             raise Stop(f"cannot read {self.path / name}: {error.strerror}") from None
         if sha256(data) not in self.sums().get(name, []):
-            raise Stop(f"{self.path / name} is damaged or foreign: its checksum is not the recorded one; "
-                       "--force to start again, or --name another")
+            raise Stop(
+                f"{self.path / name} is damaged or foreign: its checksum is not the recorded one; "
+                "--force to start again, or --name another"
+            )
         return decode(name, data)
 
     def checkpoint(self, state):
         return checked(self.read("checkpoint.pt"), state, self.path / "checkpoint.pt")
 
     def add_rows(self, runs, finished, final):
-        """One row of the summary for each run: seed, what sets it apart, and its final metrics {name: [R]}."""
+        """One row of the summary for each run: seed, what sets it apart, and its final metrics {name:
+        [R]}."""
         for i, run in enumerate(runs):
             ends = {k: float(v[i]) for k, v in final.items()}
             fields = [f for f in fields_of(run) if f not in HOW | {"seed", "runs", "sweep"}
@@ -947,9 +962,18 @@ class Folder:
         writer.writerows(rows)
         self.write("summary.csv", text.getvalue().encode())
         speed = self.seconds["run_steps"] / max(self.seconds["stepping"], 1e-9)
-        self.write("summary.json", dict(experiment=experiment(self.flags), study=self.flags.study, runs=rows,
-                                        settings=[*fields], claims=claims, wall_seconds=wall,
-                                        run_steps_per_second=speed))
+        self.write(
+            "summary.json",
+            dict(
+                experiment=experiment(self.flags),
+                study=self.flags.study,
+                runs=rows,
+                settings=[*fields],
+                claims=claims,
+                wall_seconds=wall,
+                run_steps_per_second=speed,
+            ),
+        )
         self.write("config.json", config(self, finished=not NOW.asked))
 
 
@@ -967,14 +991,24 @@ def config(folder, finished=False):
     flags, commit = folder.flags, None
     if shutil.which("git"):
         asked = ["git", "rev-parse", "HEAD"]
-        commit = subprocess.run(asked, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+        said = subprocess.run(asked, capture_output=True, text=True, cwd=Path(__file__).parent)
+        commit = said.stdout.strip()
     at = device(flags)
     name = torch.cuda.get_device_name(at) if at.type == "cuda" else platform.machine()
     versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                     matplotlib=matplotlib.__version__)
-    return dict(experiment=experiment(flags), flags=plain_flags(flags), argv=flags.argv, finished=finished,
-                versions=versions, device=f"{at} ({name})", tf32=torch.backends.cuda.matmul.allow_tf32,
-                commit=commit, compiled=folder.compiled, seconds=folder.seconds)
+    return dict(
+        experiment=experiment(flags),
+        flags=plain_flags(flags),
+        argv=flags.argv,
+        finished=finished,
+        versions=versions,
+        device=f"{at} ({name})",
+        tf32=torch.backends.cuda.matmul.allow_tf32,
+        commit=commit,
+        compiled=folder.compiled,
+        seconds=folder.seconds,
+    )
 
 
 @contextlib.contextmanager
@@ -999,7 +1033,7 @@ def folder_path(flags):
     try:
         inside = {p.name for p in path.iterdir() if p.suffix != ".tmp"} if path.exists() else set()
         if inside - {".lock"} and "checksums.json" not in inside:
-            raise Stop(f"{path} exists and is no run folder of this project; give another --out or --name")
+            raise Stop(f"{path} exists and is no run folder of this project; give another --out")
         if flags.plot_only and "arrays.npz" not in inside:
             raise Stop(f"{path} holds no run to draw; run the same command without --plot-only first")
         path.mkdir(parents=True, exist_ok=True)
@@ -1047,8 +1081,8 @@ def open_folder(path, flags, script):
 
 
 def load(path):
-    """A finished run for a notebook: flags (a namespace), params {name: [R, ...]}, arrays. Of a sweep over shapes it
-    is one of its groups: load("runs/../group0")."""
+    """A finished run for a notebook: flags (a namespace), params {name: [R, ...]}, arrays. Of a sweep
+    over shapes it is one of its groups: load("runs/../group0")."""
     folder = Folder(path, None)
     outer = folder if folder.has("config.json") else Folder(Path(path).parent, None)
     params = folder.read("checkpoint.pt")["params"] if folder.has("checkpoint.pt") else {}
@@ -1065,32 +1099,37 @@ VERDICTS = {True: "holds", False: "FALSE", None: "open"}
 
 
 def judge(id, statement, source, measured, relation, bound):
-    """One sentence and its verdict. measured: one value a run, of which three quarters decide and fewer than three
-    runs decide nothing (NaN has no vote, infinity is what was never reached); or (value, low, high), which
-    is decided where the whole interval is on one side; or one exact value."""
+    """One sentence and its verdict. measured: one value a run, of which three quarters decide and fewer
+    than three runs decide nothing (NaN has no vote, infinity is what was never reached); or (value, low,
+    high), which is decided where the whole interval is on one side; or one exact value."""
     agree = RELATIONS[relation]
-    words = bound if relation == "is" else f"{bound[0]:.4g} .. {bound[1]:.4g}" if relation == "in" else f"{bound:.4g}"
+    words = str(bound)
+    if relation != "is":
+        words = " .. ".join(f"{x:.4g}" for x in np.atleast_1d(bound))
     if isinstance(measured, tuple):
         value, low, high = measured
         inside = [bool(agree(np.float64(x), bound)) for x in (low, value, high)]
         holds = all(inside) if all(inside) or not any(inside) else None
         text = f"{value:.3g} [{low:.3g}, {high:.3g}]"
     elif np.ndim(measured) == 0:
-        holds, text = bool(agree(measured, bound)), measured if isinstance(measured, str) else f"{measured:.6g}"
+        holds = bool(agree(measured, bound))
+        text = measured if isinstance(measured, str) else f"{measured:.6g}"
     else:
         measured = np.asarray(measured)
         text = spread(measured) if measured.dtype.kind in "fiu" else ", ".join(map(str, measured))
         votes = agree(measured, bound)[measured == measured]
         share = votes.mean() if len(votes) > 2 else .5
         holds = True if share >= .75 else False if share <= .25 else None
-    return dict(id=id, statement=statement, source=source, expected=f"{relation} {words}", measured=text, holds=holds)
+    return dict(id=id, statement=statement, source=source, expected=f"{relation} {words}", measured=text,
+                holds=holds)
 
 
 def judged(flags, arrays, finished):
     """The claims of a study, where it ran with its own settings and to its end."""
     own = type(flags)(**study_defaults(flags.room))
     skip = HOW | {"seed", "runs", "study", "snapshots", "block", *flags.room.free}
-    changed = [option(k) for k in fields_of(flags) if k not in skip and getattr(flags, k) != getattr(own, k)]
+    changed = [option(k) for k in fields_of(flags)
+               if k not in skip and getattr(flags, k) != getattr(own, k)]
     if changed or not finished:
         reason = f"{', '.join(changed)} changed" if changed else "stopped before its end"
         tell(f"claims are not judged: they are about the study's own settings ({reason})")
@@ -1106,7 +1145,8 @@ def spread(values):
     known = values[~np.isnan(values)]
     if not len(known):
         return f"no value in {len(values)} runs"
-    low, middle, high = (f"{x:.3g}".replace("inf", "never") for x in np.quantile(known, [0, .5, 1], method="lower"))
+    levels = np.quantile(known, [0, .5, 1], method="lower")
+    low, middle, high = (f"{x:.3g}".replace("inf", "never") for x in levels)
     lost = f", {len(values) - len(known)} without a value" * (len(known) < len(values))
     return f"{middle} [{low}, {high}], {len(values)} runs{lost}"
 
@@ -1124,8 +1164,8 @@ def panels(count, title, flags, columns=2, size=(5.4, 3.7)):
     figure, axes = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows + .5),
                                 squeeze=False, layout="constrained")
     figure.suptitle(title, fontsize=11)
-    print_small = f"{experiment(flags)} {shorthand(flags)}  steps={flags.steps} runs={flags.runs} seed={flags.seed}"
-    figure.supxlabel(print_small, fontsize=6, color="grey")
+    small_print = re.sub("[^ -~]", "?", shlex.join([f"exp_{experiment(flags)}.py", *flags.argv]))
+    figure.supxlabel(small_print, fontsize=6, color="grey")  # (a font may lack other letters)
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
     for ax in axes.flat[count:]:
@@ -1134,8 +1174,8 @@ def panels(count, title, flags, columns=2, size=(5.4, 3.7)):
 
 
 def band(ax, x, y, label, colour):
-    """Median and interquartile band over runs of y [T, R], thin single runs behind. Runs without any value are
-    left out and counted in the legend."""
+    """Median and interquartile band over runs of y [T, R], thin single runs behind. Runs without any
+    value are left out and counted in the legend."""
     y = np.asarray(y, float)
     known = np.isfinite(y).any(0)
     y = np.where(np.isfinite(y), y, np.nan)[:, known]
@@ -1163,8 +1203,18 @@ def shelf(ax, y, text, colour="grey", side="right"):
     """A dashed horizontal line with its name: a floor, chance, a level that is known exactly."""
     ax.axhline(y, color=colour, ls="--", lw=.8, zorder=3)
     paper = dict(facecolor="white", edgecolor="none", alpha=.7, pad=.4)  # curves pass behind the label
-    ax.annotate(text, (side == "right", y), (-3 if side == "right" else 3, 1), fontsize=6.5, color=colour, ha=side,
-                xycoords=("axes fraction", "data"), textcoords="offset points", bbox=paper, zorder=4)
+    ax.annotate(
+        text,
+        (side == "right", y),
+        (-3 if side == "right" else 3, 1),
+        fontsize=6.5,
+        color=colour,
+        ha=side,
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        bbox=paper,
+        zorder=4,
+    )
 
 
 def image(ax, x, title, figure, xlabel="", ylabel="", limits=None):
@@ -1214,8 +1264,8 @@ def save_figure(folder, name, figure):
 # ---- The command line of a script -------------------------------------------------------------------
 
 def main(cls, studies, argv=None):
-    """Run a script whose flags are cls and whose studies are these classes. Returns the exit status: 0, 2 for
-    a mistake that the user can mend, 130 after Ctrl-C."""
+    """Run a script whose flags are cls and whose studies are these classes. Returns the exit status: 0,
+    2 for a mistake that the user can mend, 130 after Ctrl-C."""
     script = Path(sys.modules[cls.__module__].__file__)
     try:
         return run_study(cli(cls, studies, argv), script)
@@ -1223,7 +1273,7 @@ def main(cls, studies, argv=None):
         message, status = stop, 2
     except KeyboardInterrupt:
         message, status = "stopped at once; what was saved before can be resumed", 130
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError; so is the CPU's
+    except (RuntimeError, MemoryError) as error:  # out of memory is a RuntimeError
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "alloc" not in str(error):
             raise
         message, status = "out of memory; lower --block, or the sizes (such as --batch)", 2
@@ -1276,7 +1326,7 @@ def run_study(flags, script):
         for mark, lost in ("diverged", True), ("finished", False):
             count = sum(ends[mark] is lost for _, ends in folder.rows)
             if count:
-                tell(f"{count} of {len(folder.rows)} runs: {mark} is {lost} in summary.csv; they are not counted")
+                tell(f"{count} of {len(folder.rows)} runs: {mark} is {lost} in summary.csv; not counted")
         tell(f"{folder.path}  ({time.perf_counter() - start:.0f} s)" if finished else go_on)
         return 0 if finished else 130
 
@@ -1315,8 +1365,8 @@ class Source:
                 self.members[name] = node
 
     def reach(self, names):
-        """The statements that these names use, directly or not, their own included: {name: statement}. A member
-        of Flags is used by its name as an attribute, a keyword or a string."""
+        """The statements that these names use, directly or not, their own included: {name: statement}. A
+        member of Flags is used by its name as an attribute, a keyword or a string."""
         found, left = {}, [*names]
         while left:
             name = left.pop()
@@ -1351,8 +1401,8 @@ def words_in(node):
 
 
 def fork(source, target, *wanted):
-    """Copy a script with its core and the named studies (default: the first), and without whatever these do not
-    reach: functions, constants, flags and their checks, imports."""
+    """Copy a script with its core and the named studies (default: the first), and without whatever these
+    do not reach: functions, constants, flags and their checks, imports."""
     if Path(target).exists():
         raise Stop(f"{target} exists: give another name")
     text = Path(source).read_text()
@@ -1409,8 +1459,8 @@ def finished_run(path):
     folder = Folder(path, None)
     settings, summary = folder.read("config.json"), folder.read("summary.json")
     try:
-        [r["finished"] for r in summary["runs"]], settings["flags"]["steps"], settings["versions"]["torch"]
-        dict(settings["flags"]), " ".join(settings["argv"]), [VERDICTS[c["holds"]] + c["id"] for c in summary["claims"]]
+        [r["finished"] for r in summary["runs"]], [VERDICTS[c["holds"]] for c in summary["claims"]]
+        settings["flags"]["steps"], " ".join(settings["argv"])
     except (KeyError, TypeError, IndexError):
         raise Stop(f"{path} holds no run of this project") from None
     return folder, settings, summary
@@ -1459,15 +1509,19 @@ def claims(paths):
 
 
 def report(paths, out="runs/report.html"):
-    """One HTML file of runs (all under runs/ if none is named): verdicts, figures, and the command of each."""
-    page = ["<!doctype html><meta charset=utf-8><title>Lab report</title><style>body{font:15px sans-serif;"
-            "max-width:1100px;margin:auto}img{max-width:100%}td{border-top:1px solid #ccc}</style>"]
+    """One HTML file of runs (all under runs/ if none is named): verdicts, figures, and the command of
+    each."""
+    page = [
+        "<!doctype html><meta charset=utf-8><title>Lab report</title><style>body{font:15px sans-serif;"
+        "max-width:1100px;margin:auto}img{max-width:100%}td{border-top:1px solid #ccc}</style>"
+    ]
     for path in paths or sorted(p.parent for p in Path("runs").glob("*/*/summary.json")):
         folder, settings, summary = finished_run(path)
         command = f"python exp_{summary['experiment']}.py {shlex.join(settings['argv'])}"
         page.append(f"<h2>{html.escape(str(path))}</h2><pre>{html.escape(command)}</pre><table>")
         for c in summary["claims"]:
-            cells = [VERDICTS[c["holds"]], c["id"], c["statement"], c["source"], c["expected"], c["measured"]]
+            keys = ("id", "statement", "source", "expected", "measured")
+            cells = [VERDICTS[c["holds"]], *(c[k] for k in keys)]
             page.append("<tr>" + "".join(f"<td>{html.escape(str(x))}" for x in cells))
         page.append("</table>")
         for name in sorted(n for n in folder.sums() if n.endswith((".png", ".gif"))):
@@ -1489,7 +1543,8 @@ def tools(argv):
     words = read_words(["--names", *argv], fields_of(Tools))
     name, *names = words.pop("names") or ["help"]
     known = {"compare": compare, "claims": claims, "report": report, "fork": fork}
-    if name not in known or name in ("compare", "claims") and not names or name == "fork" and len(names) < 2:
+    least = {"compare": 1, "claims": 1, "report": 0, "fork": 2}
+    if name not in known or len(names) < least[name]:
         raise Stop(__doc__.split("\n\n")[1])
     return fork(*names, **words) if name == "fork" else known[name](names, **words)
 

@@ -1189,8 +1189,8 @@ def panels(count, title, flags, columns=2, size=(5.4, 3.7)):
     figure, axes = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows + .5), squeeze=False,
                                 layout="constrained")
     figure.suptitle(title, fontsize=11)
-    figure.supxlabel(f"{experiment(flags)} {shorthand(flags)}  steps={flags.steps} runs={flags.runs} seed={flags.seed}",
-                     fontsize=6, color="grey")
+    small_print = f"{experiment(flags)} {shorthand(flags)}  steps={flags.steps} runs={flags.runs} seed={flags.seed}"
+    figure.supxlabel(re.sub("[^ -~]", "?", small_print), fontsize=6, color="grey")  # a text's letters may lack in the font
     axes = list(axes.flat)
     for ax in axes[count:]:
         ax.set_axis_off()

@@ -258,14 +258,18 @@ def test_measures_of_a_model_with_a_planted_circuit():
     assert Anatomy.measure(flags, params, ab)["ablation"][2] == 0
 
 
-def test_matrices_rebuild_the_logits_of_a_model_without_mlp():
+def test_the_score_table_is_the_attention():
     flags = exp.Flags(d_model=8, n_heads=2, mlp=False)
     params, ab = params_of(flags), digits(flags, 32)
-    m, tokens = Anatomy.matrices(flags, params), exp.tokens_of(flags, ab)
-    weights = m["scores"][:, torch.arange(12), tokens].softmax(-1)  # [heads, B, positions]
-    read = m["ov_token"][:, tokens] + m["ov_place"][:, None]
-    logits = (params["W_E"][-1] + params["W_pos"][-1]) @ params["W_U"] + (weights[..., None] * read).sum((0, 2))
-    torch.testing.assert_close(logits, exp.fast_forward(params, ab, 2), rtol=0, atol=1e-10)
+    tokens, seen = exp.tokens_of(flags, ab), {}
+
+    def look(name, x):
+        seen[name] = x
+        return x
+    exp.forward(params, tokens, 2, 11, look)
+    scores = Anatomy.measure(flags, params, ab)["scores"]
+    weights = scores[:, torch.arange(12), tokens].softmax(-1)  # [heads, B, positions]
+    torch.testing.assert_close(weights.transpose(0, 1), seen["attention"][:, :, 0], rtol=0, atol=1e-10)
 
 
 def test_fourier_measures_know_a_pure_frequency(monkeypatch):
@@ -344,7 +348,7 @@ def test_a_replay_without_intervention_repeats_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(exp.Spikes, "first_spikes", lambda arrays: np.array([250., np.inf]))
     assert run(exp, "--smoke --study spikes --steps 400 --runs 2", tmp_path / "r") == 0
     found = np.load(tmp_path / "r/arrays.npz")
-    assert found["fork_loss"].shape == (6, 250, 1)
+    assert found["fork_loss"].shape == (7, 250, 1)
     np.testing.assert_array_equal(found["fork_loss"][0], found["around_loss"])  # bit for bit, though forked and regrouped
     assert not np.array_equal(found["fork_loss"][4], found["around_loss"])
     assert len(common.decode("x.json", (tmp_path / "r/summary.json").read_bytes())["runs"]) == 2
@@ -353,26 +357,28 @@ def test_a_replay_without_intervention_repeats_the_run(tmp_path, monkeypatch):
 # ---- claims ---------------------------------------------------------------------------------------------------------
 
 def test_the_notes_rows_are_judged_by_what_they_say():
-    found = dict(digit=1, d_model=128, n_heads=1, weight_decay=.25, eps=1e-8, steps=5000, descent=150., reach=np.inf, lowest=.1,
-                 lowest_step=4000., final=.1, bump=1., spikes=0., vibration=.1)
-    waits = np.random.default_rng(1)
+    g, names = np.random.default_rng(1), ("config", "steps", "descent", "reach", "lowest", "lowest_step", "final", "bump", "spikes",
+                                          "vibration", "eps")
 
-    def verdicts(*rows):
-        full = [found | dict(zip(("digit", "d_model", "n_heads", "weight_decay", "steps"), row[1:6])) for row in exp.ROWS] * 3
-        full += [found | dict(digit=0, weight_decay=.5, eps=e, steps=3000) | dict(n_heads=4) for e in (1e-9, 1e-7, 1e-6)] * 3
-        full = [dict(r, reach=900., descent=float(waits.exponential(500) + 20)) for r in full
-                if (r["digit"], r["d_model"], r["n_heads"]) not in ((1, 128, 1), (1, 128, 2))]
-        table = full + [found | row for row in rows]
-        claims = []
-        exp.Sweep.claims({k: np.array([r[k] for r in table]) for k in found}, lambda *words: claims.append(common.judge(*words)))
+    def verdicts(*changed):
+        """Every row three times with values of no interest, and t1 and t2 with these."""
+        table = []
+        for id, setting, steps, *_ in [*exp.Sweep.rows()] * 3:
+            waits = float(g.exponential(500) + 20)
+            table.append([setting, steps, waits, 900., .1, 4000., .1, 1., 0., .1, 1e-8])
+        table += [["units 128/4 decay 0.5", 3000, 1., 900., .1, 1., .1, 1., 0., .1, e] for e in (1e-9, 1e-7, 1e-6)] * 3
+        table = [row for row in table if row[0] not in ("tens 128/1 decay 0.25", "tens 128/2 decay 0.25")]
+        table += [[f"tens 128/{h} decay 0.25", 5000, 150., reach, .1, 1., .1, 1., 0., .1, 1e-8] for h, reach in changed]
+        arrays, claims = {n: np.array([row[i] for row in table]) for i, n in enumerate(names)}, []
+        exp.Sweep.claims(arrays, lambda *words: claims.append(common.judge(*words)))
         return {c["id"]: c["holds"] for c in claims}
-    two, converged = {"n_heads": 2}, {"n_heads": 2, "reach": 900.}
-    first = verdicts(*[{}] * 4, *[two] * 4)
+    never = math.inf
+    first = verdicts(*[(1, never)] * 4, *[(2, never)] * 4)
     assert first["t1"] is True  # one head: stuck, as the notes say
     assert first["t2"] is False  # two heads should converge: a step that never comes is no step
-    second = verdicts(*[{"reach": 900.}] * 4, *[converged] * 3, two)
+    second = verdicts(*[(1, 900.)] * 4, *[(2, 900.)] * 3, (2, never))
     assert second["t1"] is False and second["t2"] is True
-    third = verdicts(*[{}] * 2, *[converged] * 2, two, two)
+    third = verdicts(*[(1, never)] * 2, *[(2, 900.)] * 2, *[(2, never)] * 2)
     assert third["t1"] is None and third["t2"] is None  # two seeds decide nothing, and neither does half of four
 
 

@@ -282,7 +282,7 @@ def test_two_processes_are_one_bit_for_bit(runs, tmp_path):
 
 def test_a_process_that_dies_leaves_a_run_that_goes_on(tmp_path):
     line = [*TINY, "--runs", "5", "--block", "2", "--out"]
-    line[line.index("--steps") + 1] = "700"
+    line[line.index("--steps") + 1] = "500"
     job = subprocess.Popen(torchrun([*line, tmp_path / "r"]), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
     while not (tmp_path / "r/block1/checkpoint.pt").exists() and time.time() < deadline:

@@ -9,6 +9,7 @@ and `main`.
 
 No model, no data law and no experiment's name is in here."""
 import ast
+import atexit
 import base64
 import collections
 import contextlib
@@ -54,7 +55,9 @@ def cache_folder():
                 os.makedirs(path, exist_ok=True)
                 tempfile.TemporaryFile(dir=path).close()
                 return path
-    return tempfile.mkdtemp(prefix="small-networks-")
+    path = tempfile.mkdtemp(prefix="small-networks-")
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
 
 
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache_folder()
@@ -613,25 +616,32 @@ class Program:
 
     def compile(self):
         """Compile the step and, on CUDA, capture it. Raises whatever the compiler raises."""
-        torch._dynamo.reset()  # else the ninth program of a process counts as a version of the first
-        # dynamic=False: all blocks go through the same kernels. The threshold keeps random numbers in a
-        # buffer; by default each kernel hashes them again, and compiling takes three times as long
-        eager, options = self.update, {"realize_opcount_threshold": 8, "cpp.vec_isa_ok": True}
-        self.update = torch.compile(eager, fullgraph=True, dynamic=False, options=options)
-        try:
-            if self.at.type != "cuda":
-                return self.trial(1)
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # autotuning and workspaces: not while capturing
-                self.trial(3)
-            torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.once()
-        except BaseException:
-            self.update = eager
-            raise
+        eager = self.update
+        # the threshold keeps random numbers in a buffer; by default each kernel hashes them again, and
+        # compiling takes three times as long. The processor's own word for its instruction sets saves
+        # ten seconds of test builds; where the compiler is too old for them, they are tested after all
+        for known in True, None:
+            options = {"realize_opcount_threshold": 8, "cpp.vec_isa_ok": known}
+            torch._dynamo.reset()  # else the ninth program of a process counts as a version of the first
+            # dynamic=False: all blocks go through the same kernels
+            self.update = torch.compile(eager, fullgraph=True, dynamic=False, options=options)
+            try:
+                return self.capture() if self.at.type == "cuda" else self.trial(1)
+            except Exception:
+                self.update = eager
+                if known is None:
+                    raise
+
+    def capture(self):
+        """One CUDA graph of the compiled step."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # autotuning and workspaces: not while capturing
+            self.trial(3)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.once()
 
     def __call__(self, steps):
         """Make at most READ steps; returns their logs {name: [steps, B, ...]} on the CPU."""
@@ -964,15 +974,8 @@ class Folder:
         speed = self.seconds["run_steps"] / max(self.seconds["stepping"], 1e-9)
         self.write(
             "summary.json",
-            dict(
-                experiment=experiment(self.flags),
-                study=self.flags.study,
-                runs=rows,
-                settings=[*fields],
-                claims=claims,
-                wall_seconds=wall,
-                run_steps_per_second=speed,
-            ),
+            dict(experiment=experiment(self.flags), study=self.flags.study, runs=rows,
+                 settings=[*fields], claims=claims, wall_seconds=wall, run_steps_per_second=speed),
         )
         self.write("config.json", config(self, finished=not NOW.asked))
 
@@ -997,18 +1000,10 @@ def config(folder, finished=False):
     name = torch.cuda.get_device_name(at) if at.type == "cuda" else platform.machine()
     versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                     matplotlib=matplotlib.__version__)
-    return dict(
-        experiment=experiment(flags),
-        flags=plain_flags(flags),
-        argv=flags.argv,
-        finished=finished,
-        versions=versions,
-        device=f"{at} ({name})",
-        tf32=torch.backends.cuda.matmul.allow_tf32,
-        commit=commit,
-        compiled=folder.compiled,
-        seconds=folder.seconds,
-    )
+    return dict(experiment=experiment(flags), flags=plain_flags(flags), argv=flags.argv,
+                finished=finished, versions=versions, device=f"{at} ({name})",
+                tf32=torch.backends.cuda.matmul.allow_tf32, commit=commit, compiled=folder.compiled,
+                seconds=folder.seconds)
 
 
 @contextlib.contextmanager
@@ -1165,7 +1160,7 @@ def panels(count, title, flags, columns=2, size=(5.4, 3.7)):
                                 squeeze=False, layout="constrained")
     figure.suptitle(title, fontsize=11)
     small_print = re.sub("[^ -~]", "?", shlex.join([f"exp_{experiment(flags)}.py", *flags.argv]))
-    figure.supxlabel(small_print, fontsize=6, color="grey")  # (a font may lack other letters)
+    figure.supxlabel(small_print, fontsize=6, color="grey")  # a font may lack others
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
     for ax in axes.flat[count:]:
@@ -1203,18 +1198,9 @@ def shelf(ax, y, text, colour="grey", side="right"):
     """A dashed horizontal line with its name: a floor, chance, a level that is known exactly."""
     ax.axhline(y, color=colour, ls="--", lw=.8, zorder=3)
     paper = dict(facecolor="white", edgecolor="none", alpha=.7, pad=.4)  # curves pass behind the label
-    ax.annotate(
-        text,
-        (side == "right", y),
-        (-3 if side == "right" else 3, 1),
-        fontsize=6.5,
-        color=colour,
-        ha=side,
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        bbox=paper,
-        zorder=4,
-    )
+    ax.annotate(text, (side == "right", y), (-3 if side == "right" else 3, 1), fontsize=6.5,
+                color=colour, ha=side, xycoords=("axes fraction", "data"), textcoords="offset points",
+                bbox=paper, zorder=4)
 
 
 def image(ax, x, title, figure, xlabel="", ylabel="", limits=None):

@@ -1101,7 +1101,8 @@ class Spikes(common.Study):
         a.set(yscale="log", ylim=(1e-9, 100), xlabel="step relative to the spike",
               ylabel="nats, or norm")
         a.axvline(0, color="grey", ls="--", lw=.8)
-        a.legend(fontsize=7, loc="upper left")
+        if arrays["around_loss"].size:
+            a.legend(fontsize=7, loc="upper left")
         for i, worst in enumerate(arrays["fork_worst"].T):
             b.plot(np.full(len(worst), i), worst, "o", color=common.COLOURS[i], ms=5)
         b.set(yscale="log", ylim=(1e-9, 5), ylabel="highest loss in the window (nats)",

@@ -2,6 +2,7 @@
 run that learns, and the rules of the claims."""
 import itertools
 import math
+import re
 from collections import defaultdict
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 
 import common
 import exp_addition as exp
-from conftest import run
+from conftest import ROOT, run
 
 torch.set_num_threads(1)
 Anatomy = exp.Anatomy
@@ -390,3 +391,22 @@ def test_the_rule_for_waiting_times_has_the_error_rates_that_it_says(shape, pass
         holds.append(common.judge("", statement, source, measured, relation, bound)["holds"])
     assert passes[0] - .1 <= np.mean(holds) <= passes[1] + .1
     assert common.judge("", *exp.Sweep.waiting(np.array([1., 2, np.inf, 3]), g))["holds"] is None
+
+
+@pytest.mark.parametrize("study", ["digit", "theory", "all", "anatomy", "spikes"])
+def test_the_ledger_holds_what_the_code_claims(study, tmp_path):
+    """figures/addition.md has the ids that a run makes now; README's counts are those of the ledger."""
+    room = {common.study_name(s.__name__): s for s in exp.STUDIES}[study]
+    assert run(exp, f"--smoke --study {study}", tmp_path / "r") == 0
+    arrays, ids = common.Folder(tmp_path / "r", None).read("arrays.npz"), []
+    room.claims(arrays, lambda id, *rest: ids.append(id))
+    text = (ROOT / "figures/addition.md").read_text()
+    heading, section = re.search(rf"### addition, {study}: (.*)\n((?:\n|\|.*\n)+)", text).groups()
+    rows = re.findall(r"(?m)^\| (\S+) \| .* \| (\w+) \|$", section)
+    assert [id for id, _ in rows if id not in ("claim", "---")] == ids
+    verdicts = [v for id, v in rows if id in ids]
+    assert f"{verdicts.count('holds')} holds, {verdicts.count('FALSE')} FALSE, {verdicts.count('open')} open" in heading
+    if study == "digit":
+        runs = heading.split()[0]
+        counts = " | ".join(str(verdicts.count(v)) for v in ("holds", "FALSE", "open"))
+        assert f"| addition, digit ({runs} runs) | {counts} |" in (ROOT / "README.md").read_text()

@@ -918,7 +918,8 @@ class Folder:
         if not self.mine:
             return
         data, sums = encode(name, value), self.sums()
-        sums[name] = [*sums.get(name, []), sha256(data)][-2:]
+        now = [sha256((self.path / name).read_bytes())] if self.has(name) else []
+        sums[name] = [x for x in now if x in sums.get(name, [])] + [sha256(data)]
         for target, content in ("checksums.json", encode("sums.json", sums)), (name, data):
             temporary = self.path / f".{target}.tmp"
             try:
@@ -954,10 +955,11 @@ class Folder:
     def add_rows(self, runs, finished, final):
         """One row of the summary for each run: seed, what sets it apart, and its final metrics {name:
         [R]}."""
+        grid = swept(self.flags)
         for i, run in enumerate(runs):
             ends = {k: float(v[i]) for k, v in final.items()}
             fields = [f for f in fields_of(run) if f not in HOW | {"seed", "runs", "sweep"}
-                      and (f in swept(self.flags) or getattr(run, f) != getattr(self.flags, f))]
+                      and (f in grid or getattr(run, f) != getattr(self.flags, f))]
             settings = {f: getattr(run, f) for f in ["seed", *fields]}
             diverged = finished[i] and not math.isfinite(ends["loss"])
             self.root.rows.append((settings, {"finished": finished[i], "diverged": diverged, **ends}))

@@ -361,7 +361,7 @@ def curves(trained):
 
 # ==== What several studies share =====================================================================
 
-BLUE, RED, GREEN, PINK, ORANGE = common.COLOURS[:5]
+BLUE, RED, GREEN, PINK = common.COLOURS[:4]
 STEPS = dict(xscale="log", xlabel="step (0 is drawn at 0.7)")
 
 

@@ -1,153 +1,91 @@
-"""What every experiment needs and none owns, in the order in which a run meets it: the surroundings,
-flags, runs, random numbers, the optimiser, processes, the fused loop, the run folder, claims, figures,
-and `main`.
+"""What every experiment needs and none owns, in the order in which a run meets it: no model, no law.
 
-    python common.py compare RUN RUN ...      which flags and results differ, and one metric drawn
-    python common.py claims RUN ...           what runs say about the notes, as markdown
-    python common.py report [RUN ...]         one HTML page of verdicts and figures
+    python common.py compare RUN ...        which flags, results and verdicts differ; losses drawn
+    python common.py claims RUN ...         what runs say about the notes, as markdown
+    python common.py report RUN ...         the same with figures, as one HTML page
     python common.py fork exp_a.py exp_mine.py [STUDY ...]    a copy of the core and these studies alone
-
-No model, no data law and no experiment's name is in here."""
+"""
+import argparse
 import ast
-import atexit
-import base64
-import collections
-import contextlib
 import csv
-import dataclasses
 import datetime
 import difflib
 import functools
-import hashlib
 import html
-import inspect
-import io
-import itertools
 import json
-import math
+import operator
 import os
 import platform
 import re
 import shlex
-import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import time
-import types
-import typing
+from base64 import b64encode
+from collections import Counter
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, fields, replace
+from hashlib import sha256
+from inspect import getdoc, getfile, getmodule, getsource
+from io import BytesIO, StringIO
+from itertools import chain, count, pairwise, product
+from math import ceil, inf, isfinite, log2, nan, prod
+from os import environ
 from pathlib import Path
-from typing import Literal
-
+from shutil import rmtree
+from signal import SIGINT, SIGTERM, signal
+from subprocess import getoutput
+from symtable import symtable
+from time import perf_counter, sleep
+from types import SimpleNamespace
+from typing import Literal, get_args
 
 # ---- Surroundings: settled before torch and matplotlib look at them ---------------------------------
-
-def cache_folder():
-    """Where compiled kernels outlive the process: the first of the usual places that is absolute,
-    writable and free of spaces (a compiler's command would fall apart at one), else a temporary
-    folder."""
-    places = [os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")]
-    named = [os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")]
-    for path in named + [os.path.join(p, "small-networks", "inductor") for p in places]:
-        if os.path.isabs(path) and not re.search(r"\s", path):
-            with contextlib.suppress(OSError):
-                os.makedirs(path, exist_ok=True)
-                tempfile.TemporaryFile(dir=path).close()
-                return path
-    path = tempfile.mkdtemp(prefix="small-networks-")
-    atexit.register(shutil.rmtree, path, ignore_errors=True)
-    return path
-
-
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache_folder()
-os.environ["MPLBACKEND"] = "agg"  # a notebook's own backend is not at hand in a script
-for name in "stdout", "stderr":
-    if getattr(sys, name) is None:  # closed by the shell
-        setattr(sys, name, open(os.devnull, "w"))
-    elif hasattr(getattr(sys, name), "reconfigure"):
-        getattr(sys, name).reconfigure(errors="replace")  # it may know ASCII only
+# Compiled kernels are kept in the first cache that is absolute, writable and (for compilers) spaceless.
+for cache in environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache"), tempfile.gettempdir():
+    path = os.path.join(cache, "small-networks", "inductor")
+    if os.path.isabs(path) and " " not in path:
+        with suppress(OSError):
+            os.makedirs(path, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
+            environ.setdefault("TORCHINDUCTOR_CACHE_DIR", path)
+            break
+environ["MPLBACKEND"] = "agg"  # a notebook's own backend is not at hand in a script
+sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+for stream in sys.stdout, sys.stderr:
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="replace")  # it may know ASCII only
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torch.distributed as dist
-from matplotlib.animation import PillowWriter
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import cuda
+from torch.distributed import DistError
+from torch.distributed.rendezvous import rendezvous
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 matplotlib.rcdefaults()  # not a matplotlibrc's fonts, and no LaTeX
-
+plt.rc("axes.spines", top=False, right=False)
+NOW = SimpleNamespace()  # what `run_study` knows of the run that is going on
 
 class Stop(Exception):
     """A mistake that the user can mend: printed as one line, exit status 2."""
 
-
 def tell(text):
     """Print a line, once for all processes; where the reader of a pipe has gone, go on without."""
-    if rank() == 0:
+    if RANK == 0:
         try:
             print(text, flush=True)
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-
-NOW = types.SimpleNamespace(asked=False, met=False)  # asked to stop by Ctrl-C; all processes have met
-
-
-def sha256(data):
-    return hashlib.sha256(data).hexdigest()
-
-
 # ---- Flags ------------------------------------------------------------------------------------------
-
-def flag(default, help, low=None, high=None, number=False):
-    """A dataclass field that is a command-line flag: its default, its help (with units), inclusive
-    bounds, and whether it is only a number to the tensor program, so that runs which differ in it
-    share one program."""
-    metadata = dict(help=help, low=low, high=high, number=number)
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-@dataclasses.dataclass
-class Flags:
-    """The flags that every experiment has. A subclass adds its own and may override `check`."""
-    study: str = flag("", "which question to ask")
-    steps: int = flag(1000, "training steps", low=1)
-    seed: int = flag(0, "seed of the first run; run i has seed + i", low=0, high=2 ** 62)
-    runs: int = flag(1, "seeds per configuration", low=1)
-    sweep: list[str] = flag([], "field=v1,v2 ...: one configuration for each combination")
-    device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "where tensors live")
-    compile: Literal["auto", "on", "off"] = flag("auto", "compile the step (auto: where it saves time)")
-    threads: int = flag(1, "CPU threads", low=1)
-    block: int = flag(0, "runs that share a kernel (0: by their size; 1 suits a single run)", low=0)
-    out: str = flag("", "run folder (default runs/EXPERIMENT/NAME)")
-    name: str = flag("", "name of the run folder (default: the flags that were changed)")
-    resume: bool = flag(False, "go on with an unfinished run")
-    force: bool = flag(False, "delete what is in the run folder and start again")
-    save_every: float = flag(30., "seconds between checkpoints", low=0)
-    snapshots: int = flag(0, "log-spaced copies of the parameters to keep", low=0)
-    figures: list[str] = flag([], "names of the figures to draw (default: all of the study)")
-    plot_only: bool = flag(False, "draw and judge again from the saved arrays")
-    smoke: bool = flag(False, "the same path end to end, tiny, in seconds")
-
-    # what `cli` found: the words of the command line, the fields they name, the study's class
-    argv: list = dataclasses.field(default_factory=list, repr=False, compare=False)
-    given: list = dataclasses.field(default_factory=list, repr=False, compare=False)
-    room: type = dataclasses.field(default=None, repr=False, compare=False)
-
-    def check(self):
-        """Raise Stop where the values contradict each other."""
-
-
-# Flags that say how or where to run, not what: they name no folder and are not compared on resume.
-HOW = {"device", "compile", "threads", "out", "name", "resume", "force", "save_every", "figures",
-       "plot_only"}
-
+def flag(default, help, low=-inf, high=inf, number=False):
+    """A dataclass field that is a command-line flag: default, help (with units), inclusive bounds, and
+    whether it is only a number to the tensor program, so that runs which differ in it share one."""
+    return field(default_factory=lambda: default,
+                             metadata=dict(help=help, low=low, high=high, number=number))
 
 class Study:
     """One question: its docstring asks it in the first line and says what its arrays hold. A namespace:
@@ -166,245 +104,175 @@ class Study:
     def claims(arrays, say):
         """Judge the sentences of the notes."""
 
+@dataclass
+class Flags:
+    """The flags that every experiment has. A subclass adds its own and may override `check`."""
+    study: str = flag("", "which question to ask")
+    steps: int = flag(1000, "training steps", 1)
+    seed: int = flag(0, "seed of the first run; run i has seed + i", 0, 2 ** 62, number=True)
+    runs: int = flag(1, "seeds per configuration", 1)
+    sweep: list[str] = flag([], "field=v1,v2 ...: one configuration for each combination")
+    device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "where tensors live")
+    compile: Literal["auto", "on", "off"] = flag("auto", "compile the step (auto: where it saves time)")
+    threads: int = flag(1, "CPU threads", 1)
+    block: int = flag(0, "runs that share a kernel (0: by their size; 1 suits a single run)", 0)
+    out: str = flag("", "run folder (default runs/EXPERIMENT/NAME)")
+    name: str = flag("", "name of the run folder (default: the flags that were given)")
+    resume: bool = flag(False, "go on with an unfinished run")
+    force: bool = flag(False, "delete what is in the run folder and start again")
+    save_every: float = flag(30., "seconds between checkpoints", 0)
+    evals: int = flag(30, "log-spaced evaluations over training", 2)
+    snapshots: bool = flag(False, "keep the parameters of every evaluation")
+    figures: list[str] = flag([], "names of the figures to draw (default: all of the study)")
+    plot_only: bool = flag(False, "draw and judge again from the saved arrays")
+    smoke: bool = flag(False, "the same path end to end, tiny, in seconds")
+    # what `cli` found: the words of the command line, the flags they name, the study's class
+    argv: tuple = ()
+    given: tuple = ()
+    room: type = Study
+    def check(self):
+        """Raise Stop where the values contradict each other."""
+
+# Flags that say how or where to run, not what: they name no folder and are not compared on resume.
+HOW = {*"device compile threads out name resume force save_every figures plot_only".split()}
 
 def study_name(word):
     """A class's name on the command line: TrainMini is train-mini."""
     return re.sub(r"(?<!^)(?=[A-Z])", "-", word).lower()
 
-
-def fields_of(flags):
-    """{name: field} of what is on the command line."""
-    return {f.name: f for f in dataclasses.fields(flags) if f.metadata}
-
-
-def parse(text, field, where):
-    """A flag's value from its text; Stop with what would have been right. where: how the user knows
-    it."""
-    kind, low, high = field.type, field.metadata.get("low"), field.metadata.get("high")
-    choices = ["true", "false"] if kind is bool else typing.get_args(kind)
-    if choices and text not in choices and kind != list[str]:
-        raise Stop(f"{where}: {text!r} is not one of {', '.join(choices)}{did_you_mean(text, choices)}")
-    if kind not in (int, float):
-        return text == "true" if kind is bool else text
-    try:
-        value = float(text)
-        if kind is int:
-            value = int(value) if "e" in text.lower() and value == int(value) else int(text)
-        if not math.isfinite(value):
-            raise ValueError
-    except (ValueError, OverflowError):
-        raise Stop(f"{where}: {text!r} is not a {'whole' if kind is int else 'finite'} number") from None
-    if low is not None and value < low or high is not None and value > high:
-        bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise Stop(f"{where}: {text} must be {bounds}")
-    return value
-
-
-def did_you_mean(word, known):
-    near = difflib.get_close_matches(word, known, 1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 def option(name):
     return "--" + name.replace("_", "-")
 
+def fields_of(flags):
+    """{name: field} of what is on the command line."""
+    return {f.name: f for f in fields(flags) if f.metadata}
 
-def read_words(words, fields):
-    """{field: value} of what the command line says; --d_model is --d-model, --no-x turns x off."""
-    found, name = {}, None
-    for word in words:
-        if not re.match(r"--[\w-]+(=|$)", word):
-            if not name:
-                raise Stop(f"{word} belongs to no flag (and those that turn something on take no value)")
-            found[name].append(word)
-            continue
-        name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
-        positive = name if name in fields else name.removeprefix("no_")
-        if positive not in fields or positive != name and fields[positive].type is not bool:
-            near = did_you_mean(option(name), map(option, fields))
-            raise Stop(f"unknown flag {option(name)}{near or '; --help lists them'}")
-        if fields[positive].type is not bool:
-            is_list = fields[name].type == list[str]
-            found[name] = (found.get(name, []) if is_list else []) + [value] * bool(equals)
-        elif equals:
-            other = option("no_" + positive)
-            raise Stop(f"{option(name)} takes no value: {option(positive)} or {other}")
-        else:
-            found[positive], name = name == positive, None
-    for name, values in found.items():
-        if fields[name].type not in (bool, list[str]):
-            if len(values) != 1:
-                raise Stop(f"{option(name)} takes one value, not {len(values)}")
-            found[name] = parse(values[0], fields[name], option(name))
-    return found
+def plain_flags(flags):
+    return {name: getattr(flags, name) for name in fields_of(flags)}
 
+def changed(flags, other, *skip):
+    """Names of the flags, apart from HOW, whose values in the dict `other` are different."""
+    return [k for k, v in plain_flags(flags).items() if k not in HOW | {*skip} and v != other.get(k)]
+
+def parse(field, text):
+    """The number that a flag's text stands for; 1e4 is a whole one."""
+    kind, limits = field.type, field.metadata
+    with suppress(ValueError, OverflowError):
+        value = kind(text if re.fullmatch(r"-?\d+", text) else float(text))
+        if limits["low"] <= value <= limits["high"] and float(value) == float(text) < inf:
+            return value
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not {kind.__name__} from {limits['low']} to {limits['high']}")
+
+def read_words(cls, words, rooms=(), about=""):
+    """{field: value} of what a command line says; --d_model is --d-model, --no-x turns x off."""
+    parser = argparse.ArgumentParser(
+        usage="python %(prog)s [--study NAME] [--flag VALUE ...]", description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
+        allow_abbrev=False, exit_on_error=False)
+    for name, field in fields_of(cls).items():
+        more = dict(choices=rooms if name == "study" else get_args(field.type) or None)
+        if field.type is bool:
+            more = dict(action=argparse.BooleanOptionalAction)
+        elif field.type == list[str]:
+            more = dict(nargs="*")
+        elif field.type in (int, float):
+            more = dict(type=functools.partial(parse, field))
+        text = f"{field.metadata['help']} [{getattr(cls(), name)}]".replace("%", "%%")
+        parser.add_argument(option(name), help=text, **more)
+    dashed = [re.sub(r"^--[\w-]+(?==|$)", lambda m: m[0].replace("_", "-"), word) for word in words]
+    found, left = parser.parse_known_args(dashed)
+    for word in left:
+        near = difflib.get_close_matches(word, map(option, fields_of(cls)), 1, 0)
+        raise Stop(f"unknown flag {word}; did you mean {near[0]}?" if word.startswith("--") else
+                   f"no flag takes {word}")
+    return vars(found)
 
 def cli(cls, studies, argv=None):
-    """Flags from the command line. Precedence: argv, then --smoke, then the study, then the field's
-    default. Prints the help and exits where it is asked for."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    """Flags from argv, before --smoke, before the study's, before defaults; --help asks questions."""
+    words = sys.argv[1:] if argv is None else argv
     rooms = {study_name(s.__name__): s for s in studies}
-    if {"-h", "--help"} & {*words}:
-        print_help(cls, rooms)
-        raise SystemExit(0)
-    given = read_words(words, fields_of(cls))
-    study = given.setdefault("study", next(iter(rooms)))
-    if study not in rooms:
-        raise Stop(f"--study: {study!r} is not one of {', '.join(rooms)}{did_you_mean(study, rooms)}")
-    room = rooms[study]
-    flags = cls(**{**study_defaults(room, given.get("smoke")), **given})
-    flags.argv, flags.given, flags.room = words, sorted(given), room
-    if "sweep" not in given:  # a study's own sweep gives way to a flag that fixes the same field
-        flags.sweep = [s for s in flags.sweep if s.split("=")[0] not in given]
-    for kind, there in ("cuda", torch.cuda), ("mps", torch.backends.mps):
-        if flags.device == kind and not there.is_available():
-            raise Stop(f"--device {kind}: torch sees no such device; use --device cpu")
-    if flags.plot_only and flags.force:
-        raise Stop("--plot-only draws what --force would delete: give one of them")
-    flags.out = os.path.expanduser(flags.out)
-    unread = {*given, *swept(flags)} - HOW - {"study", "smoke"} - fields_read(room)
-    if unread:
-        raise Stop(f"--study {flags.study} does not read {option(min(unread))}: leave it out")
-    unknown = {*flags.figures} - {*figures_of(room)}
-    if unknown:
-        raise Stop(f"--figures {min(unknown)}: {flags.study} draws {', '.join(figures_of(room))}")
+    about = [getmodule(cls).__doc__ or "", "studies, the first is the default:"]
+    about += [f"  {name:12} {getdoc(room).splitlines()[0]}" for name, room in rooms.items()]
+    given = {"study": [*rooms][0]} | read_words(cls, words, rooms, "\n".join(about))
+    room = rooms[given["study"]]
+    smoke = room.smoke if given.get("smoke") else {}
+    flags = cls(**room.defaults | smoke | given, argv=words, given=given, room=room)
+    for name in {*given, *swept(flags)} - HOW - {"study", "smoke"} - fields_read(room):
+        raise Stop(f"--study {flags.study} does not read {option(name)}: leave it out")
+    if not {*flags.figures} <= figures_of(room).keys():
+        raise Stop(f"--figures: {flags.study} draws {', '.join(figures_of(room))}")
     room.check(flags)
     groups_of_runs(flags)  # every run's flags are checked before anything is written
     return flags
 
-
-def print_help(cls, rooms):
-    """The script's docstring, its studies with their questions, then every flag with its default."""
-    module = sys.modules[cls.__module__]
-    print(f"usage: python {Path(module.__file__).name} [--study NAME] [--flag VALUE ...]\n")
-    print(inspect.cleandoc(module.__doc__ or ""), "\n\nstudies, the first is the default:")
-    for name, room in rooms.items():
-        print(f"  {name:12} {inspect.getdoc(room).splitlines()[0]}")
-    shared = [*fields_of(Flags)][2:]
-    for title, is_shared in ("flags of this experiment", False), ("flags of every experiment", True):
-        print(f"\n{title}:")
-        for name, field in fields_of(cls).items():
-            if (name in shared) == is_shared:
-                default = getattr(cls(), name)
-                word = option(f"no_{name}" if default is True else name)
-                print(f"  {word:18} {field.metadata['help']} [{default}]")
-
-
-def study_defaults(room, smoke=False):
-    """The values that a study, and --smoke on top of it, put in the place of the fields' own."""
-    return {**room.defaults, **(room.smoke if smoke else {})}
-
-
 def fields_read(room):
     """Names of the flags that a study reads, itself or through the functions that it reaches."""
-    script = Source(inspect.getsource(inspect.getmodule(room)))
-    words = set().union(*map(words_in, script.reach([room.__name__]).values()))
-    shared = Source(Path(__file__).read_text())
-    nodes = shared.reach(words & shared.nodes.keys() - {"Flags"})
-    return words.union(*map(words_in, nodes.values()))
-
+    names = {room.__name__}
+    for module in getmodule(room), getmodule(Flags):
+        source = Source(getsource(module))
+        reached = source.reach(names & source.nodes.keys())
+        names = names.union(*map(words_in, reached.values()))
+    return names
 
 def device(flags):
-    """The torch device that --device names; auto takes CUDA if there is one, else the CPU."""
-    kind = flags.device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
-
-
-def shorthand(flags):
-    """Name of a run from the flags that were changed, such as digit_d_model64_lr3e-3."""
-    defaults, words = type(flags)(**study_defaults(flags.room, flags.smoke)), [flags.study]
-    for name in fields_of(flags):
-        value = getattr(flags, name)
-        if name in HOW | {"study"} or value in (getattr(defaults, name), []):
-            continue
-        text = " ".join(value) if isinstance(value, list) else value
-        text = f"{value:g}" if isinstance(value, float) else text
-        words.append({"True": name, "False": f"no_{name}"}.get(str(value), f"{name}{text}"))
-    name = re.sub(r"[^\w.,=+-]", "-", "_".join(words))
-    if len(name.encode()) < 100:
-        return name
-    return f"{name.encode()[:80].decode(errors='ignore')}-{sha256(name.encode())[:8]}"
-
+    """The torch device that --device names; auto is CUDA where there is one. A process has one card."""
+    card = torch.accelerator.current_accelerator(check_available=True)
+    kind = flags.device.replace("auto", "cuda" if cuda.is_available() else "cpu")
+    number = int(LAUNCH.get("LOCAL_RANK", 0))
+    if kind != "cpu" and (not card or card.type != kind or number >= torch.accelerator.device_count()):
+        raise Stop(f"--device {kind}: torch sees none for process {number}; use --device cpu")
+    if kind == "cuda":
+        cuda.set_device(number)
+    return torch.device(kind)
 
 # ---- Runs -------------------------------------------------------------------------------------------
-
 def swept(flags):
     """{field: values} of --sweep, parsed and checked."""
-    fields, grid = fields_of(flags), {}
-    fixed = HOW | {"sweep", "steps", "seed", "runs", "study", "smoke", "snapshots", "block"}
+    own, grid = fields_of(flags).keys() - fields_of(Flags).keys(), {}
     for text in flags.sweep:
         name, _, values = text.partition("=")
         name = name.replace("-", "_")
-        if not values or name in grid:
-            raise Stop(f"--sweep {text}: write field=v1,v2, each field once")
-        if name not in fields or name in fixed:
-            raise Stop(f"--sweep {text}: {name} is not a field to sweep{did_you_mean(name, fields)}")
-        values = [parse(v, fields[name], f"--sweep {text}: {name}") for v in values.split(",")]
-        grid[name] = list(dict.fromkeys(values))
+        if name not in own:
+            raise Stop(f"--sweep {text}: write field=v1,v2; {name} is not a field to sweep")
+        spelled = {"true": f"--{name}", "false": f"--no-{name}"}
+        grid[name] = [read_words(type(flags), [spelled.get(value, f"--{name}={value}")])[name]
+                      for value in values.split(",")]
     return grid
 
-
 def groups_of_runs(flags):
-    """Runs as lists of Flags, one list for each tensor program: within a list only seeds and number
-    fields differ. The configurations are the grid of --sweep, or the study's points, in which a flag
-    given on the command line keeps its value (but for `steps` and `runs`, which a point may choose from
-    them)."""
-    fixed = {*flags.given} - {"steps", "runs"}
-    grid = swept(flags)
-    points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
-    if "sweep" not in fixed and flags.room.points(flags):
-        own = [{k: getattr(flags, k) if k in fixed else v for k, v in p.items()}
-               for p in flags.room.points(flags)]
-        points = [p for i, p in enumerate(own) if p not in own[:i]]
-    numbers = {name for name, f in fields_of(flags).items() if f.metadata["number"]} | {"runs"}
-    groups = {}
+    """Lists of Flags, one for each tensor program: within it only number fields differ. A flag of the
+    command line keeps its value in the study's points or grid (not `steps` and `runs`)."""
+    grid, groups = swept(flags), {}
+    points = [dict(zip(grid, values)) for values in product(*grid.values())]
+    if "sweep" not in flags.given:
+        points = flags.room.points(flags) or points
     for point in points:
-        shape = tuple((k, v) for k, v in point.items() if k not in numbers)
-        for i in range(point.get("runs", flags.runs)):
-            own = {**point, "seed": flags.seed + i, "runs": 1, "sweep": []}
-            run = dataclasses.replace(flags, **own)
+        own = {k: v for k, v in flags.given.items() if k in point and k not in ("steps", "runs")}
+        for r in range(point.get("runs", flags.runs)):
+            run = replace(flags, **point | own | dict(seed=flags.seed + r, runs=1, sweep=[]))
             run.check()
-            groups.setdefault(shape, []).append(run)
-    return list(groups.values())
+            shape = [getattr(run, k) for k, f in fields_of(run).items() if not f.metadata["number"]]
+            groups.setdefault(str(shape), {})[str(run)] = run
+    return [[*runs.values()] for runs in groups.values()]
 
-
-def numbers(runs, constants=None, dtype=torch.float32):
-    """{name: tensor [R, ...]} of what a step receives beside its state: the seed, every number field,
-    and the dict of tensors constants(run)."""
-    found = {}
-    for name, field in fields_of(runs[0]).items():
-        if name == "seed" or field.metadata["number"] and field.type in (bool, int, float):
-            kind = dtype if field.type is float else torch.int64
-            found[name] = torch.tensor([getattr(r, name) for r in runs], dtype=kind)
-    return found | (stack([constants(run) for run in runs]) if constants else {})
-
-
-def number_fields(run):
-    """{name: value} of the seed and of every field in which runs of one group differ."""
-    names = [name for name, field in fields_of(run).items() if field.metadata["number"]]
-    return {name: getattr(run, name) for name in ["seed", *names]}
-
+def numbers(runs, constants=None):
+    """{name: tensor [R, ...]} that a step receives beside its state: number fields, constants(run)."""
+    found = {name: torch.tensor([getattr(run, name) for run in runs])
+             for name, field in fields_of(runs[0]).items() if field.metadata["number"]}
+    return found | (stack(map(constants, runs)) if constants else {})
 
 def marks(steps, count):
-    """Sorted steps in 0..steps, log-spaced, about `count` of them, both ends included."""
-    if count < 1:
-        return []
-    return sorted({0, steps, *(int(round(s)) for s in np.geomspace(1, steps, max(count - 1, 1)))})
-
+    """Sorted steps in 0..steps, log-spaced, about `count` > 1 of them, both ends included."""
+    return sorted({0, steps, *map(int, np.geomspace(1, steps, count - 1).round())})
 
 # ---- Random numbers: a pure function of (seed, stream, step, index), the same on every device -------
-
 MASK = 2 ** 32 - 1
-
 
 def generator(seed, stream):
     """A CPU generator for what is drawn once: initial parameters, laws, evaluation sets."""
-    digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
+    digest = sha256(f"{seed}/{stream}".encode()).digest()[:8]
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 def mix(x):
     """A bijection of 32-bit numbers, which are kept in int64 so that no product overflows."""
@@ -412,10 +280,8 @@ def mix(x):
     x = ((x ^ (x >> 15)) * 0x735a2d97) & MASK
     return x ^ (x >> 15)
 
-
 def key(seed, stream, step):
-    """Two independent 32-bit words for what one step draws. seed, step: int64 tensors []; stream: an
-    integer below 2^31, one for each thing that a step draws."""
+    """Two independent 32-bit words for a step's draws. seed, step: int64 []; stream: a number < 2^31."""
     words = []
     for constant in 0x3C6EF372, 0x1F83D9AB:
         word = mix((seed & MASK) ^ constant)
@@ -424,1122 +290,661 @@ def key(seed, stream, step):
         words.append(mix(word ^ step))
     return words
 
-
 def hashes(key, *shape):
     """Uniform 32-bit numbers [*shape] as int64."""
-    index = torch.arange(math.prod(shape), device=key[0].device).view(shape)
+    index = torch.arange(prod(shape), device=key[0].device).view(shape)
     return mix(mix(index ^ key[0]) ^ key[1])
-
 
 def integers(key, n, *shape):
     """Uniform integers in 0..n-1 [*shape] as int64, n < 2^31; probabilities are off by 2^-32 at most."""
     return (hashes(key, *shape) * n) >> 32
 
-
 def uniform(key, *shape):
     """Uniform float32 numbers in [0, 1) [*shape], multiples of 2^-24."""
     return (hashes(key, *shape) >> 8).to(torch.float32) * 2. ** -24
 
-
 # ---- The optimiser: a pure function on dicts of tensors ---------------------------------------------
-
 def adam_init(params):
     """Zero moments and step count t (int64) for `adamw`."""
-    zeros = {k: torch.zeros_like(p) for k, p in params.items()}
-    return {"m": zeros, "v": dict(zeros), "t": torch.zeros((), dtype=torch.int64)}
-
+    zeros = tree_map(torch.zeros_like, params)
+    return {"m": zeros, "v": zeros, "t": torch.zeros((), dtype=torch.int64)}
 
 def adamw(params, grads, state, lr, weight_decay=0., beta1=.9, beta2=.999, eps=1e-8):
     """One step of AdamW (Loshchilov & Hutter 2019, decoupled decay lr * weight_decay); weight_decay=0 is
     Adam (Kingma & Ba 2015). Every hyperparameter may be a tensor. Returns new params and state."""
     t, dtype = state["t"] + 1, next(iter(params.values())).dtype
-
-    def debias(beta):  # 1 - beta^t without the cancellation that costs float32 four digits at t = 1
-        return -torch.expm1(t.to(dtype) * torch.log(torch.as_tensor(beta, dtype=dtype)))
-    debias1, debias2 = debias(beta1), debias(beta2)
-    m = {k: beta1 * state["m"][k] + (1 - beta1) * g for k, g in grads.items()}
-    v = {k: beta2 * state["v"][k] + (1 - beta2) * g * g for k, g in grads.items()}
-    new = {}
-    for k, p in params.items():
+    # 1 - beta^t without the cancellation that costs float32 four digits at t = 1
+    debias1, debias2 = (-torch.expm1(t.to(dtype) * torch.log(torch.as_tensor(beta, dtype=dtype)))
+                        for beta in (beta1, beta2))
+    new, m, v = {}, {}, {}
+    for k, g in grads.items():
+        m[k] = beta1 * state["m"][k] + (1 - beta1) * g
+        v[k] = beta2 * state["v"][k] + (1 - beta2) * g * g
         move = (m[k] / debias1) / ((v[k] / debias2).sqrt() + eps)
-        new[k] = p * (1 - lr * weight_decay) - lr * move
+        new[k] = params[k] * (1 - lr * weight_decay) - lr * move
     return new, {"m": m, "v": v, "t": t}
 
-
-def norm(tensors):
-    """Euclidean norm of a dict of tensors taken as one vector."""
-    return torch.sqrt(sum((x * x).sum() for x in tensors.values()))
-
-
 # ---- Processes: torchrun starts this program several times; each trains its share of the blocks -----
-
-LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-MEETINGS = itertools.count()  # every process comes to the same ones, in the same order
-
-
-def rank():
-    return int(os.environ["RANK"]) if LAUNCHED else 0
-
-
-def world():
-    return int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
-
+LAUNCH = environ if "MASTER_PORT" in environ else {}
+RANK, WORLD = int(LAUNCH.get("RANK", 0)), int(LAUNCH.get("WORLD_SIZE", 1))
+MEETINGS = count()  # every process comes to the same ones, in the same order
 
 @functools.cache
 def store():
-    """The key-value store in which processes meet; apart for each attempt of torchrun --max-restarts."""
-    keep = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    tcp = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=keep,
-                        wait_for_workers=False, timeout=datetime.timedelta(seconds=30))
-    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), tcp)
+    """Where the processes of torchrun meet: keys and values. All must come in half a minute."""
+    return next(rendezvous("env://", timeout=datetime.timedelta(seconds=30)))[0]
 
-
-def meet(value=None, seconds=math.inf):
-    """Wait until every process is here, for so many seconds; returns rank 0's value (JSON) on all."""
-    if world() == 1:
+def meet(value=None):
+    """Wait until every process is here; returns rank 0's value (JSON) on all."""
+    if WORLD == 1:
         return value
-    number, start, cure = next(MEETINGS), time.monotonic(), "start it by torchrun, or unset WORLD_SIZE"
-    try:
-        if rank() == 0:
-            store().set(f"value{number}", json.dumps(value))
-        store().add(f"here{number}", 1)
-        while (here := store().add(f"here{number}", 0)) < world():
-            if time.monotonic() - start > (5 if NOW.asked else seconds):
-                raise Stop(f"{here} of {world()} processes came in time; go on with --resume, {cure}")
-            time.sleep(.05)
-        return json.loads(store().get(f"value{number}"))
-    except RuntimeError as error:
-        raise Stop(f"no way to the other processes ({type(error).__name__}): {cure}") from None
-
+    number, shared = next(MEETINGS), store()
+    if RANK == 0:
+        shared.set(f"value{number}", json.dumps(value))
+    shared.add(f"here{number}", 1)
+    while shared.add(f"here{number}", 0) < WORLD:
+        sleep(.05)
+    return json.loads(shared.get(f"value{number}"))
 
 # ---- The fused loop ---------------------------------------------------------------------------------
-
 READ = 100               # steps between two readings of the logs
-CACHE_NUMBERS = 2 ** 16  # on a CPU: parameters, gradients and moments of the runs of a block (measured)
-CARD_BYTES = 2 ** 28     # on an accelerator: what the runs of a block hold
+CACHE_NUMBERS = 2 ** 14  # on a CPU: parameters of the runs of a block (measured)
+CARD_BYTES = 2 ** 28     # on a card: what a step of the runs of a block holds
 COMPILE_PAYS = 40.       # seconds of eager training from which compiling pays on a CPU (measured)
 
-
-def tree(f, *trees):
-    """f applied leaf by leaf to nested dicts of tensors."""
-    if isinstance(trees[0], dict):
-        return {k: tree(f, *(t[k] for t in trees)) for k in trees[0]}
-    return f(*trees)
-
-
 def stack(states):
-    """Nested dicts, one per run, to one with a leading axis of runs."""
-    return tree(lambda *xs: torch.stack(xs), *states)
-
+    """Nested dicts of tensors, one per run, to one with a leading axis of runs."""
+    return tree_map(lambda *xs: torch.stack(xs), *states)
 
 def run_of(x, r):
     """Run r of a nested dict with a leading axis of runs."""
-    return tree(lambda t: t[r], x)
-
+    return tree_map(lambda t: t[r], x)
 
 def fill(old, new):
     """Copy new into the memory of old, leaf by leaf."""
-    tree(lambda a, b: a.copy_(b), old, new)
-
-
-class Made(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made: what a step can hold at most."""
-    bytes = 0
-
-    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        out = f(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            self.bytes += x.nbytes if isinstance(x, torch.Tensor) and not x._is_view() else 0
-        return out
-
-
-def dry_run(step, state, number):
-    """(bytes that a step of one run makes, its logs as fake tensors), without computing anything."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, Made() as made:
-        _, logs = step(tree(fake.from_tensor, state), tree(fake.from_tensor, number))
-    return made.bytes, logs
-
+    tree_map(lambda a, b: a.copy_(b), old, new)
 
 def block_size(flags, params, held):
-    """Runs that go through one kernel together: a power of two that keeps them in a CPU's cache
-    (addition 128-wide: 1, 16-wide: 4, 2-wide: 16) or fills a card. It depends on shapes alone, so that a
-    run has the same bits alone and in company. params: of one run; held: bytes that its step holds."""
-    most = CARD_BYTES / held
-    if device(flags).type == "cpu":
-        most = min(16, CACHE_NUMBERS / sum(4 * p.numel() for p in params.values()))
-    return flags.block or 2 ** int(math.log2(max(1, most)))
+    """Runs in one kernel: a power of two that keeps them in a CPU's cache or fills a card; by shapes
+    alone, for the same bits alone and in company. held: bytes of a run's step on a card."""
+    fitting = min(16, CACHE_NUMBERS / sum(p.numel() for p in params.values()))
+    most = CARD_BYTES / held if held else fitting
+    return flags.block or 2 ** int(log2(max(1, most)))
 
+def first_step(step, state, number, at):
+    """(bytes that a step of one run holds on a card, its logs)."""
+    state, number = to(at, (state, number))
+    _, logs = step(state, number)  # the first one also makes workspaces
+    if at.type != "cuda":
+        return 0, logs
+    cuda.reset_peak_memory_stats()
+    before = cuda.memory_allocated()
+    step(state, number)
+    return cuda.max_memory_allocated() - before, logs
+
+def to(at, x):
+    """A copy of a nested dict on a device."""
+    return tree_map(lambda t: t.to(at, copy=True), x)
 
 class Program:
     """The step of one run, step(state, number) -> (state, logs), as the step of a block: vmapped,
-    compiled, on CUDA captured as a graph. The state is updated in place; the logs go to a buffer on the
-    device.
-
-    state, number: nested dicts [B, ...], copied; logs: what a step of one run logs, by `dry_run`."""
-
+    compiled, on CUDA captured; the state is updated in place, logs go to buffers on the device.
+    state, number: nested dicts [B, ...], copied; logs: what a step of one run logs."""
     def __init__(self, step, state, number, logs, at):
-        self.state, self.number = (tree(lambda x: x.to(at, copy=True), t) for t in (state, number))
-        self.size, self.at, self.graph = len(state["t"]), at, None
-        self.shapes = {k: tuple(x.shape) for k, x in logs.items()}
-        dtype = max((x.dtype for x in logs.values()), key=lambda d: d.itemsize)
-        width = sum(map(math.prod, self.shapes.values()))
-        self.rows = torch.zeros(READ, self.size, width, dtype=dtype, device=at)
+        self.state, self.number = to(at, (state, number))
+        self.size = len(state["t"])
+        self.rows = tree_map(lambda x: x.new_zeros(self.size, READ, *x.shape), logs)
         self.row = torch.zeros(1, dtype=torch.int64, device=at)
-        alone = lambda state, number: step(run_of(state, 0), run_of(number, 0))
-        many = alone if self.size == 1 else torch.vmap(step)
-
+        alone = lambda *inputs: step(*run_of(inputs, 0))
+        many = torch.vmap(step) if self.size > 1 else alone
         def update(state, number, rows, row):
             new, logs = many(state, number)
-            line = torch.cat([logs[k].reshape(self.size, -1) for k in self.shapes], 1)
-            rows.index_copy_(0, row, line[None])
+            put = lambda buffer, x: buffer.index_copy_(1, row, x.reshape(buffer[:, :1].shape))
+            tree_map(put, rows, logs)
             row.add_(1)
             fill(state, new)
         self.update = update
-
-    def load(self, state, number):
-        """Put other runs of the same shapes into the program's memory."""
-        fill(self.state, state)
-        fill(self.number, number)
 
     def once(self):
         self.update(self.state, self.number, self.rows, self.row)
 
     def trial(self, steps):
         """Seconds of some steps, after which the state is what it was."""
-        kept, start = tree(torch.clone, self.state), time.perf_counter()
-        for _ in range(steps):
-            self.once()
-        seconds = time.perf_counter() - start
+        kept, start = tree_map(torch.clone, self.state), perf_counter()
+        self(steps)
+        seconds = perf_counter() - start
         fill(self.state, kept)
-        self.row.zero_()
         return seconds
 
     def compile(self):
-        """Compile the step and, on CUDA, capture it. Raises whatever the compiler raises."""
+        """Compile the step and, on CUDA, capture it; returns why that failed, or nothing."""
         eager = self.update
-        # the threshold keeps random numbers in a buffer; by default each kernel hashes them again, and
-        # compiling takes three times as long. The processor's own word for its instruction sets saves
-        # ten seconds of test builds; where the compiler is too old for them, they are tested after all
-        for known in True, None:
-            options = {"realize_opcount_threshold": 8, "cpp.vec_isa_ok": known}
-            torch._dynamo.reset()  # else the ninth program of a process counts as a version of the first
-            # dynamic=False: all blocks go through the same kernels
-            self.update = torch.compile(eager, fullgraph=True, dynamic=False, options=options)
-            try:
-                return self.capture() if self.at.type == "cuda" else self.trial(1)
-            except Exception:
-                self.update = eager
-                if known is None:
-                    raise
+        # random numbers stay in a buffer (else each kernel hashes them again and takes long to compile);
+        # instruction sets are believed to be there (ten seconds of tests), else tested after all
+        for believed in True, None:
+            torch._dynamo.reset()  # else the ninth program of a process is a version of the first
+            try:  # dynamic=False: all blocks go through the same kernels
+                self.update = torch.compile(eager, fullgraph=True, dynamic=False, options={
+                    "realize_opcount_threshold": 8, "cpp.vec_isa_ok": believed})
+                self.capture() if self.row.is_cuda else self.trial(1)
+                return ""
+            except Exception as error:  # no compiler, a full disk, ...: eager is always right
+                if NOW.asked:  # Ctrl-C reached the compiler, too: that decides nothing
+                    raise KeyboardInterrupt
+                self.update, why = eager, f"{type(error).__name__}: {error}"
+        return f"compiling failed: {why}".splitlines()[0][:140]
 
     def capture(self):
         """One CUDA graph of the compiled step."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # autotuning and workspaces: not while capturing
+        cuda.synchronize()
+        with cuda.stream(cuda.Stream()):  # autotuning and workspaces: not while capturing
             self.trial(3)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        graph = cuda.CUDAGraph()
+        with cuda.graph(graph):  # it waits for the card
             self.once()
+        self.once = graph.replay
 
     def __call__(self, steps):
-        """Make at most READ steps; returns their logs {name: [steps, B, ...]} on the CPU."""
+        """Make at most READ steps; returns their logs {name: [B, steps, ...]} on the CPU."""
         self.row.zero_()
         for _ in range(steps):
-            self.graph.replay() if self.graph else self.once()
-        rows = self.rows[:steps].to("cpu", copy=True)  # the only synchronisation
-        parts = rows.split([math.prod(s) for s in self.shapes.values()], 2)
-        return {k: x.reshape(steps, self.size, *s) for (k, s), x in zip(self.shapes.items(), parts)}
+            self.once()
+        return to("cpu", tree_map(lambda x: x[:, :steps], self.rows))
 
-    def evaluate(self, f):
-        """f(params, number) of every run, {name: [B, ...]} on the CPU."""
-        with torch.no_grad():
-            return tree(lambda x: x.cpu(), torch.vmap(f)(self.state["params"], self.number))
-
-
-def train(groups, folder, start, step_of, evaluate_of=None, constants=None, eval_at=None, final=None):
-    """Train groups of runs (lists of Flags), one tensor program after the other.
-
-    start(run) -> step 0 of one run, a dict with `params` and the int64 count `t`; step_of(flags) ->
-    step(state, number) -> (state, logs) of ONE run, whose logs have a `loss`; evaluate_of(flags) ->
-    f(params, number) -> {name: tensor} of one run, at the steps eval_at(flags); constants(run) -> what
-    `numbers` takes; final(runs, metrics) -> {name: [R]} for the summary.
-
-    Returns a namespace for each group: runs; state {"params": {name: [R, ...]}, ...}; metrics, what a
-    step logs [T, R, ...] with step [T], what is evaluated [M, R, ...] as eval_* with eval_step [M], and
-    snapshots, step [S] and parameters [S, R, ...], NaN after a run was stopped; final."""
+def train(groups, folder, start, step_of, evaluate_of=None, constants=None):
+    """Train groups of runs (lists of Flags). start(run) -> step 0, a dict with `params` and the int64
+    count `t`; step_of(flags) -> step(state, number) -> (state, logs with a `loss`) of ONE run;
+    evaluate_of(flags) -> f(params, number) -> {name: tensor} of one run, at `--evals` steps;
+    constants(run) -> more tensors for `number`. Returns a namespace for each group: runs; params,
+    {name: [R, ...]}; optimiser, the rest of the state; metrics, logs [T, R, ...] with step [T], eval_*
+    [M, R, ...] with eval_step [M]; snapshots of params [M, R, ...]. NaN after a stop."""
     found = []
     for i, runs in enumerate(groups):
-        place = folder.sub(f"group{i}") if len(groups) > 1 else folder
-        evaluate = evaluate_of(runs[0]) if evaluate_of else None
-        stops = sorted({0, runs[0].steps, *(eval_at(runs[0]) if eval_at else ())})
-        whole = train_group(runs, place, start, step_of(runs[0]), evaluate, constants, stops)
-        metrics = {k: v.numpy() for k, v in whole["metrics"].items()}
-        metrics["step"] = np.arange(1, runs[0].steps + 1)
-        metrics["eval_step"] = np.array(stops)
-        last = {"loss": metrics.get("eval_loss", metrics["loss"])[-1]}
-        last |= final(runs, metrics) if final else {}
-        snapshots = {"step": np.array(marks(runs[0].steps, runs[0].snapshots)), **whole["snapshots"]}
-        place.write("metrics.npz", metrics)
-        if whole["snapshots"]:
-            place.write("snapshots.npz", snapshots)
-        finished = (whole["steps"] == runs[0].steps).tolist()
-        place.add_rows(runs, finished, last)
-        state = {"params": whole["params"], **whole["optimiser"]}
-        found.append(types.SimpleNamespace(runs=runs, state=state, metrics=metrics, final=last,
-                                           snapshots=snapshots))
+        if found and meet(NOW.asked):
+            break
+        flags, place = runs[0], folder / f"group{i}" if len(groups) > 1 else folder
+        whole = train_group(runs, place, start, step_of, evaluate_of, constants)
+        metrics = tree_map(lambda x: x.transpose(0, 1).numpy(), whole["metrics"])
+        snapshots = {k[9:]: metrics.pop(k) for k in [*metrics] if k.startswith("snapshot_")}
+        for r, run in enumerate(runs if folder == NOW.folder else []):
+            ends = {k: float(x[-1, r]) for k, x in metrics.items() if x.ndim == 2}
+            finished = int(whole["step"][r]) == flags.steps
+            diverged = finished and not isfinite(ends["loss"])
+            NOW.rows.append((run, dict(finished=finished, diverged=diverged, **ends)))
+        metrics |= dict(step=np.arange(flags.steps) + 1,
+                        eval_step=np.array(marks(flags.steps, flags.evals)))
+        write(place / "metrics.npz", metrics)
+        if snapshots:
+            write(place / "snapshots.npz", snapshots | {"step": metrics["eval_step"]})
+        found.append(SimpleNamespace(**whole | dict(runs=runs, metrics=metrics, snapshots=snapshots)))
     return found
 
-
-def train_group(runs, folder, start, step, evaluate, constants, stops):
-    """Train runs of one shape block by block, each to its end in a folder and with a checkpoint of its
-    own, by the process whose turn it is; then all processes read all blocks. Returns the merged
-    checkpoint."""
-    flags = runs[0]
-    begin = lambda runs: (stack([start(run) for run in runs]), numbers(runs, constants))
-    state, number = begin(runs[:1])
-    if folder.has("checkpoint.pt"):
-        return folder.checkpoint(state)
-    made, logs = dry_run(step, run_of(state, 0), run_of(number, 0))
-    size = block_size(flags, run_of(state["params"], 0), made)
-    blocks = [runs[a:a + size] for a in range(0, len(runs), size)]
-    blocks = [block + block[-1:] * (size - len(block)) for block in blocks]
-    count = sum(x.numel() for x in state["params"].values())
-    tell(f"{count:,} parameters a run, {len(runs)} runs in blocks of {size}")
-    program = Program(step, *begin(blocks[0]), logs, device(flags))
-    decide(program, flags, folder, len(blocks))
-    parts = [folder.sub(f"block{i}", own=i % world() == rank()) for i in range(len(blocks))]
-    for i in range(rank(), len(blocks), world()):
-        program.label = f"{flags.study}, block {i + 1} of {len(blocks)}"
-        train_block(program, parts[i], *begin(blocks[i]), flags, evaluate, stops)
+def train_group(runs, folder, start, step_of, evaluate_of, constants):
+    """Train runs of one shape block by block, each in a folder and with a checkpoint of its own, by the
+    process whose turn it is; then all processes read all. Returns the merged checkpoint."""
+    path = folder / "checkpoint.pt"
+    if path.exists():
+        return read(path)
+    flags, begin = runs[0], lambda runs: (stack(map(start, runs)), numbers(runs, constants))
+    step, evaluate, at = step_of(flags), evaluate_of and evaluate_of(flags), device(flags)
+    state, number = run_of(begin(runs[:1]), 0)
+    held, logs = first_step(step, state, number, at)
+    size = block_size(flags, state["params"], held)
+    padded = runs + runs[-1:] * (-len(runs) % size)
+    blocks = {folder / f"block{a // size}" / "checkpoint.pt": padded[a:a + size]
+              for a in range(0, len(runs), size)}
+    program = Program(step, *begin(padded[:size]), logs, at)
+    with timed("compiling"):
+        decide(program, flags, folder / "compiled.json", len(blocks))
+    for part, block in [*blocks.items()][RANK::WORLD]:
+        train_block(program, part, *begin(block), flags, evaluate)
     meet()
-    saved = [part.checkpoint(state) for part in parts]
-    whole = {"step": min(s["step"] for s in saved), "runs": [number_fields(run) for run in runs],
-             "steps": torch.tensor([s["step"] for s in saved]).repeat_interleave(size)[:len(runs)]}
-    for name, axis in ("params", 0), ("optimiser", 0), ("metrics", 1), ("snapshots", 1):
-        join = lambda *xs, axis=axis: torch.cat(xs, axis).narrow(axis, 0, len(runs))
-        whole[name] = tree(join, *(s[name] for s in saved))
+    whole = tree_map(lambda *xs: torch.cat(xs)[:len(runs)], *map(read, blocks))
+    whole["number"] = numbers(runs)
     meet()  # everyone has read
-    if whole["step"] == flags.steps:
-        folder.write("checkpoint.pt", whole)
-        for part in parts:
-            shutil.rmtree(part.path, ignore_errors=True)
+    if (whole["step"] == flags.steps).all():
+        write(path, whole)
+        for part in blocks:
+            rmtree(part.parent, ignore_errors=True)
     return whole
 
-
-def decide(program, flags, folder, blocks):
+def decide(program, flags, path, blocks):
     """Compile or not: as asked, as before, or where it shortens the training; rank 0 decides for all."""
-    compiled, why, start = flags.compile != "off", f"--compile {flags.compile}", time.perf_counter()
-    if flags.compile == "auto" and folder.has("compiled.json"):
-        compiled, why = folder.read("compiled.json")
-    elif flags.compile == "auto" and program.at.type != "cuda":
+    choice = [flags.compile != "off", f"--compile {flags.compile}"]
+    if flags.compile == "auto" and path.exists():
+        choice = read(path)
+    elif flags.compile == "auto" and not program.row.is_cuda:
         program.trial(1)
-        seconds = program.trial(3) / 3 * flags.steps * math.ceil(blocks / world())
-        compiled = seconds > COMPILE_PAYS
-        why = f"eager would take {seconds:.0f} s; compiling pays from {COMPILE_PAYS:.0f} s"
-    compiled, why = meet([compiled, why])
-    if compiled:
-        try:
-            program.compile()
-        except Exception as error:  # no compiler, no headers, a full disk, ...: eager is always right
-            if NOW.asked:  # Ctrl-C reached the compiler, too: that decides nothing
-                raise KeyboardInterrupt from None
-            reason = (str(error).strip().splitlines() or [""])[0][:120]
-            compiled, why = False, f"compiling failed: {type(error).__name__}: {reason}"
-    folder.write("compiled.json", [compiled, why])
-    folder.book("compiling", start)
-    folder.root.compiled.append(dict(compiled=compiled, why=why, block=program.size))
-    tell(f"{'compiled' if compiled else 'eager'} ({why})")
+        seconds = program.trial(3) / 3 * flags.steps * blocks / WORLD
+        choice = [seconds > COMPILE_PAYS, f"eager would take {seconds:.0f} s"]
+    compiled, why = meet(choice)
+    failed = compiled and program.compile()
+    choice = [compiled and not failed, failed or why]
+    write(path, choice)
+    NOW.compiled.append(choice)
+    tell(f"{'compiled' if choice[0] else 'eager'} ({choice[1]}), {blocks} blocks of {program.size} runs")
 
-
-def train_block(program, folder, state, number, flags, evaluate, stops):
+def train_block(program, path, state, number, flags, evaluate):
     """Train one block, from its checkpoint if there is one, to the end or to Ctrl-C."""
-    metrics, snapshots, done, last = {}, {}, 0, time.monotonic()
-    if folder.has("checkpoint.pt"):
-        saved = folder.checkpoint(state)
-        state = {"params": saved["params"], **saved["optimiser"]}
-        metrics, snapshots, done = saved["metrics"], saved["snapshots"], saved["step"]
-    program.load(state, number)
-    keep_at = marks(flags.steps, flags.snapshots)
-
-    def log(place, total, at, values):
+    metrics, done, saved_at = {}, 0, perf_counter()
+    if path.exists():
+        saved = read(path)
+        state, metrics = {"params": saved["params"], **saved["optimiser"]}, saved["metrics"]
+        done = int(saved["step"][0])
+    fill((program.state, program.number), (state, number))
+    params, stops = program.state["params"], marks(flags.steps, flags.evals)
+    def log(values, at, total):
         for name, x in values.items():
-            if name not in place:
-                place[name] = torch.full((total, *x.shape[1:]), math.nan, dtype=x.dtype)
-            place[name][at:at + len(x)] = x
-
-    def look(step):
-        start = time.perf_counter()
-        if evaluate and step in stops:
-            seen = program.evaluate(evaluate)
-            log(metrics, len(stops), stops.index(step), {f"eval_{k}": v[None] for k, v in seen.items()})
-        if step in keep_at:
-            kept = tree(lambda x: x.cpu()[None], program.state["params"])
-            log(snapshots, len(keep_at), keep_at.index(step), kept)
-        folder.book("evaluating", start)
-
-    def save():
-        now = tree(lambda x: x.cpu(), program.state)
-        folder.write(
-            "checkpoint.pt",
-            dict(
-                params=now.pop("params"), optimiser=now, step=done, metrics=metrics, snapshots=snapshots
-            ),
-        )
-
-    if not done:
-        look(0)
-        log(metrics, flags.steps, 0, program(0))
-    bar = tqdm(total=flags.steps, initial=done, desc=program.label, leave=False,
-               disable=rank() > 0 or None)  # None: where there is no terminal
-    cuts = sorted({done, *range(0, flags.steps, READ), *stops, *keep_at})
-    for a, b in itertools.pairwise(c for c in cuts if c >= done):
+            empty = torch.full((len(x), total, *x.shape[2:]), nan, dtype=x.dtype)
+            metrics.setdefault(name, empty)[:, at:at + x.shape[1]] = x
+    cuts = sorted(cut for cut in {done, *range(0, flags.steps, READ), *stops} if cut >= done)
+    for step in tqdm(cuts, flags.study, leave=False, disable=RANK > 0 or None):
+        with timed("stepping"):
+            log(program(step - done), done, flags.steps)
+        NOW.seconds["run_steps"] += (step - done) * program.size
+        with timed("evaluating"):
+            if step in stops:
+                seen = torch.vmap(evaluate)(params, program.number) if evaluate else {}
+                found = {f"eval_{k}": x[:, None] for k, x in seen.items()}
+                if flags.snapshots:
+                    found |= {f"snapshot_{k}": x[:, None] for k, x in params.items()}
+                log(found, stops.index(step), len(stops))
+        done = step
+        if NOW.asked or done == flags.steps or perf_counter() > saved_at + flags.save_every:
+            rest, saved_at = to("cpu", program.state), perf_counter()
+            write(path, dict(params=rest.pop("params"), optimiser=rest, metrics=metrics,
+                             step=torch.full((program.size,), step)))
         if NOW.asked:
             break
-        start = time.perf_counter()
-        log(metrics, flags.steps, a, program(b - a))
-        folder.book("stepping", start, (b - a) * program.size)
-        look(b)
-        done = b
-        bar.set_postfix_str(f"loss {metrics['loss'][a:b].nanmedian():.3g}", refresh=False)
-        bar.update(b - a)
-        if time.monotonic() - last > flags.save_every:
-            save()
-            last = time.monotonic()
-    bar.close()
-    save()
-
-
-def side_by_side(trained):
-    """The metrics of all groups along one axis of runs, {name: [T, R, ...]}; the step axes are the
-    same."""
-    join = lambda k: np.concatenate([t.metrics[k] for t in trained], 1)
-    return {k: x if x.ndim == 1 else join(k) for k, x in trained[0].metrics.items()}
-
 
 # ---- The run folder ---------------------------------------------------------------------------------
-
-def encode(name, value):
-    """A value as the bytes of a file, by the name's suffix."""
-    if isinstance(value, bytes):
-        return value
-    buffer = io.BytesIO()
-    if name.endswith(".npz"):
-        np.savez_compressed(buffer, **{k: np.asarray(v) for k, v in value.items()})
-    elif name.endswith(".pt"):
+def encode(suffix, value):
+    """A value as the bytes of a file, by its name's suffix."""
+    buffer = BytesIO()
+    if suffix == ".npz":
+        np.savez_compressed(buffer, **value)
+    elif suffix == ".pt":
         torch.save(value, buffer)
-    else:
-        buffer.write(json.dumps(finite(value), indent=1, default=str).encode())
-    return buffer.getvalue()
-
+    elif suffix == ".png":
+        value.savefig(buffer, dpi=130)
+    elif suffix == ".json":
+        return json.dumps(value, indent=1).encode()
+    return buffer.getvalue() or value
 
 def decode(name, data):
     """What `encode` was given; never runs code. Stop names a file that is not what its name says."""
     try:
         if name.endswith(".npz"):
-            with np.load(io.BytesIO(data), allow_pickle=False) as z:
-                return {k: z[k] for k in z.files}
+            return dict(np.load(BytesIO(data), allow_pickle=False))
         if name.endswith(".pt"):
-            return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+            return torch.load(BytesIO(data), weights_only=True, map_location="cpu")
         return json.loads(data) if name.endswith(".json") else data
     except Exception as error:  # numpy, zipfile, torch and json raise whatever the bytes lead them to
-        raise Stop(f"{name} is damaged or of another kind ({type(error).__name__})") from None
+        raise Stop(f"{name} is damaged or of another kind ({type(error).__name__})")
 
+def sums(folder):
+    """{file: the checksums of its last versions, in one string}."""
+    path = folder / "checksums.json"
+    found = decode(path.name, path.read_bytes()) if path.exists() else {}
+    return found if isinstance(found, dict) else {}
 
-def finite(x):
-    """x for JSON: null for NaN and infinity, plain numbers for numpy's."""
-    if isinstance(x, dict):
-        return {k: finite(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [finite(v) for v in x]
-    x = x.item() if hasattr(x, "item") else x
-    return None if isinstance(x, float) and not math.isfinite(x) else x
+def write(path, value):
+    """Write a file: first its checksum beside older ones, then the file, each by rename, so that a crash
+    in between leaves a file that is accepted. Rank 0 writes, and each rank its blocks."""
+    if RANK and not path.parent.name.startswith("block"):
+        return
+    data, known = encode(path.suffix, value), sums(path.parent)
+    known[path.name] = f"{known.get(path.name)} {sha256(data).hexdigest()}"[-650:]
+    for name, content in ("checksums.json", encode(".json", known)), (path.name, data):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{name}.tmp")
+        temporary.write_bytes(content)
+        temporary.replace(path.with_name(name))
 
+def read(path):
+    """What was written there; Stop unless the bytes are those that were written."""
+    data = path.read_bytes()
+    if sha256(data).hexdigest() not in str(sums(path.parent).get(path.name)):
+        raise Stop(f"{path} is damaged or foreign: --force to start again, or --name another")
+    return decode(path.name, data)
 
-def checked(saved, state, name):
-    """A checkpoint whose parameters have the shapes of those of a state, apart from the number of
-    runs."""
-    shapes = lambda params: {k: tuple(p.shape[1:]) for k, p in params.items()}
-    try:
-        have, _ = shapes(saved["params"]), saved["step"] + len(saved["optimiser"])
-    except Exception:  # anything can be in a stranger's file
-        raise Stop(f"{name} is not a checkpoint of this project") from None
-    want = shapes(state["params"])
-    for k in sorted({*have, *want}):
-        if have.get(k) != want.get(k):
-            raise Stop(f"{name} is of another shape: {k} is {have.get(k, 'missing')}, not {want.get(k)}")
-    return saved
-
-
-def checkpoint_of(path, state):
-    """A checkpoint.pt from anywhere, for models whose state is like this one."""
-    try:
-        return checked(decode(str(path), Path(path).read_bytes()), state, path)
-    except OSError as error:
-        raise Stop(f"cannot read {path}: {error.strerror}") from None
-
-
-class Folder:
-    """One run folder: atomic writes with checksums; `root` is the outermost one, which knows of all runs
-    in it."""
-
-    def __init__(self, path, flags, root=None, own=False):
-        self.path, self.flags, self.root = Path(path), flags, root or self
-        self.mine = own or rank() == 0  # else another process writes it
-        self.rows, self.compiled, self.seconds = [], [], collections.Counter()
-
-    def sub(self, name, own=False):
-        """A folder inside this one; own: this process writes it."""
-        (self.path / name).mkdir(parents=True, exist_ok=True)
-        return Folder(self.path / name, self.flags, self.root, own)
-
-    def aside(self, name):
-        """A folder inside this one for runs that serve another one: they have no row in the summary."""
-        return Folder(self.sub(name).path, self.flags)
-
-    def book(self, what, start, run_steps=0):
-        """Add the seconds since `start` to what config.json says of compiling, stepping and
-        evaluating."""
-        self.root.seconds[what] += time.perf_counter() - start
-        self.root.seconds["run_steps"] += run_steps
-
-    def sums(self):
-        """{file: checksums that are accepted}."""
-        place = self.path / "checksums.json"
-        sums = decode(str(place), place.read_bytes()) if place.exists() else {}
-        if not isinstance(sums, dict) or not all(isinstance(v, list) for v in sums.values()):
-            raise Stop(f"{place} is damaged; --force to start again")
-        return sums
-
-    def write(self, name, value):
-        """Write a file: first its checksum beside the old one, then the file, each by rename, so that a
-        crash in between leaves a file that is still accepted."""
-        if not self.mine:
-            return
-        data, sums = encode(name, value), self.sums()
-        now = [sha256((self.path / name).read_bytes())] if self.has(name) else []
-        sums[name] = [x for x in now if x in sums.get(name, [])] + [sha256(data)]
-        for target, content in ("checksums.json", encode("sums.json", sums)), (name, data):
-            temporary = self.path / f".{target}.tmp"
-            try:
-                with open(temporary, "wb") as f:
-                    f.write(content)
-                    f.flush()
-                    os.fsync(f.fileno())
-                os.replace(temporary, self.path / target)
-            except OSError as error:
-                temporary.unlink(missing_ok=True)
-                raise Stop(f"cannot write {self.path / name}: {error.strerror}; what was saved "
-                           "stays") from None
-
-    def has(self, name):
-        return (self.path / name).exists()
-
-    def read(self, name):
-        """What was written under a name; Stop unless the bytes are those that were written."""
-        try:
-            data = (self.path / name).read_bytes()
-        except OSError as error:
-            raise Stop(f"cannot read {self.path / name}: {error.strerror}") from None
-        if sha256(data) not in self.sums().get(name, []):
-            raise Stop(
-                f"{self.path / name} is damaged or foreign: its checksum is not the recorded one; "
-                "--force to start again, or --name another"
-            )
-        return decode(name, data)
-
-    def checkpoint(self, state):
-        return checked(self.read("checkpoint.pt"), state, self.path / "checkpoint.pt")
-
-    def add_rows(self, runs, finished, final):
-        """One row of the summary for each run: seed, what sets it apart, and its final metrics {name:
-        [R]}."""
-        grid = swept(self.flags)
-        for i, run in enumerate(runs):
-            ends = {k: float(v[i]) for k, v in final.items()}
-            fields = [f for f in fields_of(run) if f not in HOW | {"seed", "runs", "sweep"}
-                      and (f in grid or getattr(run, f) != getattr(self.flags, f))]
-            settings = {f: getattr(run, f) for f in ["seed", *fields]}
-            diverged = finished[i] and not math.isfinite(ends["loss"])
-            self.root.rows.append((settings, {"finished": finished[i], "diverged": diverged, **ends}))
-
-    def summarise(self, claims, wall):
-        """summary.csv and summary.json of all runs, and config.json."""
-        fields = dict.fromkeys(k for settings, _ in self.rows for k in settings)
-        rows = [{k: s.get(k, getattr(self.flags, k)) for k in fields} | ends for s, ends in self.rows]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, rows[0] if rows else [], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        self.write("summary.csv", text.getvalue().encode())
-        speed = self.seconds["run_steps"] / max(self.seconds["stepping"], 1e-9)
-        self.write(
-            "summary.json",
-            dict(experiment=experiment(self.flags), study=self.flags.study, runs=rows,
-                 settings=[*fields], claims=claims, wall_seconds=wall, run_steps_per_second=speed),
-        )
-        self.write("config.json", config(self, finished=not NOW.asked))
-
+@contextmanager
+def timed(what):
+    start = perf_counter()
+    yield
+    NOW.seconds[what] += perf_counter() - start
 
 def experiment(flags):
-    """Name of the script that a Flags class belongs to: exp_addition.py -> addition."""
-    return Path(sys.modules[type(flags).__module__].__file__).stem.removeprefix("exp_")
+    return Path(getfile(type(flags))).stem.removeprefix("exp_")  # exp_addition.py is addition
 
-
-def plain_flags(flags):
-    return {name: getattr(flags, name) for name in fields_of(flags)}
-
-
-def config(folder, finished=False):
+def config(flags, finished):
     """What config.json holds."""
-    flags, commit = folder.flags, None
-    if shutil.which("git"):
-        asked = ["git", "rev-parse", "HEAD"]
-        said = subprocess.run(asked, capture_output=True, text=True, cwd=Path(__file__).parent)
-        commit = said.stdout.strip()
     at = device(flags)
-    name = torch.cuda.get_device_name(at) if at.type == "cuda" else platform.machine()
-    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                    matplotlib=matplotlib.__version__)
-    return dict(experiment=experiment(flags), flags=plain_flags(flags), argv=flags.argv,
-                finished=finished, versions=versions, device=f"{at} ({name})",
-                tf32=torch.backends.cuda.matmul.allow_tf32, commit=commit, compiled=folder.compiled,
-                seconds=folder.seconds)
+    name = cuda.get_device_name(at) if at.type == "cuda" else platform.machine()
+    commit = f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD 2>{os.devnull}"
+    return dict(flags=plain_flags(flags), argv=flags.argv, finished=finished, device=f"{at} ({name})",
+                tf32=torch.backends.cuda.matmul.allow_tf32, commit=getoutput(commit),
+                versions={module.__name__: module.__version__ for module in (torch, np, matplotlib)},
+                compiled=NOW.compiled, seconds=NOW.seconds)
 
+def summarise(flags, claims):
+    """summary.csv and summary.json of all runs, and config.json."""
+    differ = [k for run, _ in NOW.rows for k in changed(run, plain_flags(flags), "runs", "sweep")]
+    rows = [{k: getattr(run, k) for k in ["seed", *differ]} | ends for run, ends in NOW.rows]
+    text = StringIO()
+    csv.writer(text).writerows([*rows[:1], *map(dict.values, rows)])
+    write(NOW.folder / "summary.csv", text.getvalue().encode())
+    write(NOW.folder / "summary.json", dict(
+        study=flags.study, runs=rows, claims=claims, wall_seconds=perf_counter() - NOW.start,
+        run_steps_per_second=NOW.seconds["run_steps"] / max(NOW.seconds["stepping"], 1e-9)))
+    write(NOW.folder / "config.json", config(flags, not NOW.asked))
 
-@contextlib.contextmanager
-def locked(path):
-    """Keep a second process out of a folder; the system lets go of the lock even of a killed process."""
-    with open(path / ".lock", "a") as f:
+@contextmanager
+def opened(flags, script):
+    """The folder of this run, --out or named by the flags that were given: locked, then `prepared`."""
+    given = [f"_{k}={v}" for k, v in flags.given.items() if k not in HOW | {"study"}]
+    name = flags.name or re.sub("[^0-9A-Za-z.,=+_-]", "", flags.study + "".join(given))[:99]
+    path = Path(os.path.expanduser(flags.out or f"runs/{experiment(flags)}/{name}"))
+    if flags.plot_only:
+        read(path / "arrays.npz")
+    path.mkdir(parents=True, exist_ok=True)
+    if any(path.glob("[!.]*")) and not (path / "checksums.json").exists():
+        raise Stop(f"{path} exists and is no run folder of this project; give another --out")
+    with open(path / ".lock", "a") as lock:
         try:
             import fcntl
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of a killed process's
         except BlockingIOError:
-            raise Stop(f"another process works in {path}; wait for it or give --name") from None
+            raise Stop(f"another process works in {path}; wait for it or give --name")
         except (ImportError, OSError):  # Windows, some network file systems
             tell(f"{path} can't be locked here: start no second process in it")
-        yield
+        yield prepared(path, flags, script)
 
-
-def folder_path(flags):
-    """Where this run lives; made if need be, so that it can be locked."""
-    if flags.name and (Path(flags.name).name != flags.name or flags.name in (".", "..")):
-        raise Stop(f"--name {flags.name} must be the name of one folder; --out takes a path")
-    path = Path(flags.out or Path("runs", experiment(flags), flags.name or shorthand(flags)))
-    try:
-        inside = {p.name for p in path.iterdir() if p.suffix != ".tmp"} if path.exists() else set()
-        if inside - {".lock"} and "checksums.json" not in inside:
-            raise Stop(f"{path} exists and is no run folder of this project; give another --out")
-        if flags.plot_only and "arrays.npz" not in inside:
-            raise Stop(f"{path} holds no run to draw; run the same command without --plot-only first")
-        path.mkdir(parents=True, exist_ok=True)
-        (path / ".lock").touch()
-    except OSError as error:
-        raise Stop(f"cannot write to {path}: {error.strerror}; give another --out") from None
-    return path
-
-
-def open_folder(path, flags, script):
-    """The folder of this run, checked against what is already there; None if the run is finished."""
-    code = {"script.py": script.read_bytes(), "common.py": Path(__file__).read_bytes()}
-    if flags.force:
-        for item in path.iterdir():
-            if item.name != ".lock":
-                shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
-    folder = Folder(path, flags)
-    if folder.has("config.json"):
-        old, now = folder.read("config.json"), json.loads(encode("flags.json", plain_flags(flags)))
-        if old["experiment"] != experiment(flags):
-            raise Stop(f"{path} belongs to the experiment {old['experiment']}; give another --name")
-        differ = [f"{k} {old['flags'].get(k)} -> {now[k]}" for k in now
-                  if k not in HOW and old["flags"].get(k) != now[k]]
+def prepared(path, flags, script):
+    """The folder of this run, checked against what is already there; None for a finished run."""
+    code, cure = {"script.py": script, "common.py": Path(__file__)}, "--force or give another --name"
+    for item in sorted(path.glob("[!.]*")) if flags.force and not flags.plot_only else []:
+        rmtree(item) if item.is_dir() else item.unlink()
+    saved = path / "config.json"
+    if saved.exists():
+        old = read(saved)
+        differ = [f"{k} {old['flags'].get(k)} -> {getattr(flags, k)}"
+                  for k in changed(flags, old["flags"])]
         if differ:
-            raise Stop(f"{path} holds another configuration: {', '.join(differ)}; --force to redo, "
-                       "--name for a new folder")
+            raise Stop(f"{path} holds another configuration: {', '.join(differ)}; {cure}")
         if flags.plot_only:
-            return folder
-        begun = any(path.rglob("checkpoint.pt"))
-        changed = [n for n, data in code.items() if not folder.has(n) or folder.read(n) != data]
-        if changed and (begun or old["finished"]):
-            raise Stop(f"{' and '.join(changed)} changed since {path} was made: --force to redo, "
-                       "--name for a new folder")
+            return path
+        new = [name for name, source in code.items() if read(path / name) != source.read_bytes()]
+        if new:
+            raise Stop(f"{' and '.join(new)} changed since {path} was made: {cure}")
         if old["finished"]:
             tell(f"finished already: {path}  (--force to do it again, --plot-only to redraw)")
             return None
-        if begun and not flags.resume:
-            raise Stop(f"{path} holds an unfinished run: --resume to go on, --force to start again")
-    if flags.resume and not any(path.rglob("checkpoint.pt")):
-        tell(f"nothing to resume in {path}: starting afresh")
-    folder.write("config.json", config(folder))
-    for name, data in code.items():
-        folder.write(name, data)
-    return folder
+        if not flags.resume:
+            raise Stop(f"{path} holds an unfinished run: --resume to go on; {cure} to start again")
+    for name, source in code.items():
+        write(path / name, source.read_bytes())
+    write(saved, config(flags, False))
+    return path
 
-
-def load(path):
-    """A finished run for a notebook: flags (a namespace), params {name: [R, ...]}, arrays. Of a sweep
-    over shapes it is one of its groups: load("runs/../group0")."""
-    folder = Folder(path, None)
-    outer = folder if folder.has("config.json") else Folder(Path(path).parent, None)
-    params = folder.read("checkpoint.pt")["params"] if folder.has("checkpoint.pt") else {}
-    arrays = folder.read("arrays.npz" if folder.has("arrays.npz") else "metrics.npz")
-    flags = types.SimpleNamespace(**outer.read("config.json")["flags"])
-    return types.SimpleNamespace(flags=flags, params=params, arrays=arrays)
-
+def load(path, group="."):
+    """A finished run for a notebook: flags, params {name: [R, ...]} (by group of a sweep), arrays."""
+    path = Path(path)
+    return SimpleNamespace(flags=SimpleNamespace(**read(path / "config.json")["flags"]),
+                           params=read(path / group / "checkpoint.pt")["params"],
+                           arrays=read(path / "arrays.npz"))
 
 # ---- Claims -----------------------------------------------------------------------------------------
-
-RELATIONS = {"<": lambda x, b: x < b, ">": lambda x, b: x > b, "is": lambda x, b: x == b,
-             "in": lambda x, b: (x >= b[0]) & (x <= b[1])}
+RELATIONS = {"<": operator.lt, ">": operator.gt, "is": operator.eq,
+             "in": lambda x, bounds: (x >= bounds[0]) & (x <= bounds[1])}
 VERDICTS = {True: "holds", False: "FALSE", None: "open"}
 
-
 def judge(id, statement, source, measured, relation, bound):
-    """One sentence and its verdict. measured: one value a run, of which three quarters decide and fewer
-    than three runs decide nothing (NaN has no vote, infinity is what was never reached); or (value, low,
-    high), which is decided where the whole interval is on one side; or one exact value."""
-    agree = RELATIONS[relation]
-    words = str(bound)
-    if relation != "is":
-        words = " .. ".join(f"{x:.4g}" for x in np.atleast_1d(bound))
+    """One sentence and its verdict. measured: one value a run (three quarters decide, fewer than three
+    decide nothing, NaN has no vote); or (value, low, high), decided where all agree; or one value."""
+    votes, needed, text = np.atleast_1d(measured), 1, str(measured)
     if isinstance(measured, tuple):
-        value, low, high = measured
-        inside = [bool(agree(np.float64(x), bound)) for x in (low, value, high)]
-        holds = all(inside) if all(inside) or not any(inside) else None
-        text = f"{value:.3g} [{low:.3g}, {high:.3g}]"
-    elif np.ndim(measured) == 0:
-        holds = bool(agree(measured, bound))
-        text = measured if isinstance(measured, str) else f"{measured:.6g}"
-    else:
-        measured = np.asarray(measured)
-        text = spread(measured) if measured.dtype.kind in "fiu" else ", ".join(map(str, measured))
-        votes = agree(measured, bound)[measured == measured]
-        share = votes.mean() if len(votes) > 2 else .5
-        holds = True if share >= .75 else False if share <= .25 else None
-    return dict(id=id, statement=statement, source=source, expected=f"{relation} {words}", measured=text,
-                holds=holds)
+        text = "{:.3g} [{:.3g}, {:.3g}]".format(*measured)
+    elif np.ndim(measured):
+        votes, needed = np.sort(votes[votes == votes]), .75
+        text = f"{len(votes)} of {len(measured)} runs"
+        if len(votes):
+            levels = f"{votes[(len(votes) - 1) // 2]:.3g} [{votes[0]:.3g}, {votes[-1]:.3g}]"
+            text = f"{levels}, {text}".replace("inf", "never")
+    share = RELATIONS[relation](votes, bound).mean() if needed == 1 or len(votes) > 2 else .5
+    holds = True if share >= needed else False if share <= 1 - needed else None
+    expected = " .. ".join(f"{x:.4g}" for x in np.atleast_1d(bound)) if relation != "is" else bound
+    return dict(id=id, statement=statement, source=source, expected=f"{relation} {expected}",
+                measured=text, holds=holds, verdict=VERDICTS[holds])
 
-
-def judged(flags, arrays, finished):
+def judged(flags, arrays):
     """The claims of a study, where it ran with its own settings and to its end."""
-    own = type(flags)(**study_defaults(flags.room))
-    skip = HOW | {"seed", "runs", "study", "snapshots", "block", *flags.room.free}
-    changed = [option(k) for k in fields_of(flags)
-               if k not in skip and getattr(flags, k) != getattr(own, k)]
-    if changed or not finished:
-        reason = f"{', '.join(changed)} changed" if changed else "stopped before its end"
-        tell(f"claims are not judged: they are about the study's own settings ({reason})")
-        return []
-    found = []
-    flags.room.claims(arrays, lambda *words: found.append(judge(*words)))
+    found, own = [], plain_flags(type(flags)(**flags.room.defaults))
+    differ = changed(flags, own, "seed", "runs", "study", "snapshots", "block", *flags.room.free)
+    if differ or NOW.asked:
+        tell("claims are not judged: they are about whole runs with the study's own settings "
+             f"(changed: {', '.join(map(option, differ)) or 'stopped before the end'})")
+    else:
+        flags.room.claims(arrays, lambda *words: found.append(judge(*words)))
     return found
 
-
-def spread(values):
-    """'median [lowest, highest], n runs' of one number per run, where infinity is what never came."""
-    values = np.asarray(values, float)
-    known = values[~np.isnan(values)]
-    if not len(known):
-        return f"no value in {len(values)} runs"
-    levels = np.quantile(known, [0, .5, 1], method="lower")
-    low, middle, high = (f"{x:.3g}".replace("inf", "never") for x in levels)
-    lost = f", {len(values) - len(known)} without a value" * (len(known) < len(values))
-    return f"{middle} [{low}, {high}], {len(values)} runs{lost}"
-
-
 # ---- Figures ----------------------------------------------------------------------------------------
-
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
-#          Okabe & Ito 2008, told apart by colour-blind readers
-
+COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000 #F0E442".split()  # Okabe & Ito
 
 def panels(count, title, flags, columns=2, size=(5.4, 3.7)):
     """A figure with `count` axes in a grid, a title, and the flags in small print: (figure, axes)."""
     columns = min(columns, count)
-    rows = -(-count // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows + .5),
-                                squeeze=False, layout="constrained")
-    figure.suptitle(title, fontsize=11)
-    small_print = re.sub("[^ -~]", "?", shlex.join([f"exp_{experiment(flags)}.py", *flags.argv]))
-    figure.supxlabel(small_print, fontsize=6, color="grey")  # a font may lack others
-    for ax in axes.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-    for ax in axes.flat[count:]:
-        ax.set_axis_off()
-    return figure, list(axes.flat[:count])
-
+    rows = ceil(count / columns)
+    figure = plt.figure(figsize=(size[0] * columns, size[1] * rows + .5), layout="constrained")
+    figure.suptitle(title)
+    figure.supxlabel(f"exp_{experiment(flags)}.py {shlex.join(flags.argv)}", fontsize=6, color="grey",
+                     parse_math=False)
+    return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
 
 def band(ax, x, y, label, colour):
-    """Median and interquartile band over runs of y [T, R], thin single runs behind. Runs without any
-    value are left out and counted in the legend."""
-    y = np.asarray(y, float)
-    known = np.isfinite(y).any(0)
-    y = np.where(np.isfinite(y), y, np.nan)[:, known]
+    """Median and quartiles over runs of y [T, R], single runs behind, without empty runs."""
+    known = np.isfinite(y)
+    rows, runs = known.any(1), known.any(0)
     if not known.any():
         return
-    rows = np.isfinite(y).any(1)
-    x, y = np.asarray(x)[rows], y[rows]
-    lost = f", {(~known).sum()} without a value" if not known.all() else ""
+    x, y = np.asarray(x)[rows], np.where(known, y, nan)[rows]
+    low, middle, high = np.nanquantile(y, [.25, .5, .75], axis=1)
     ax.plot(x, y, color=colour, lw=.5, alpha=.3)
-    ax.fill_between(x, *np.nanquantile(y, [.25, .75], axis=1), color=colour, alpha=.2, lw=0)
-    label = f"{label} ({y.shape[1]} run{'s' * (y.shape[1] > 1)}{lost})"
-    ax.plot(x, np.nanmedian(y, axis=1), color=colour, lw=1.6, label=label)
-
-
-def bars(ax, x, y, label, colour, width=.8):
-    """Median over runs of y [R, n] as bars, single runs as dots."""
-    y = y[np.isfinite(y).any(1)]
-    if not len(y):
-        return
-    ax.bar(x, np.nanmedian(y, 0), width, color=colour, label=f"{label}, median of {len(y)} runs")
-    ax.plot(x, y.T, ".", color="black", ms=3)
-
+    ax.fill_between(x, low, high, color=colour, alpha=.2, lw=0)
+    ax.plot(x, middle, color=colour, lw=1.6, label=f"{label} ({runs.sum()} of {len(runs)} runs)")
 
 def shelf(ax, y, text, colour="grey", side="right"):
     """A dashed horizontal line with its name: a floor, chance, a level that is known exactly."""
     ax.axhline(y, color=colour, ls="--", lw=.8, zorder=3)
     paper = dict(facecolor="white", edgecolor="none", alpha=.7, pad=.4)  # curves pass behind the label
-    ax.annotate(text, (side == "right", y), (-3 if side == "right" else 3, 1), fontsize=6.5,
-                color=colour, ha=side, xycoords=("axes fraction", "data"), textcoords="offset points",
-                bbox=paper, zorder=4)
-
+    ax.text(side == "right", y, text, transform=ax.get_yaxis_transform(), color=colour, fontsize=6.5,
+            ha=side, va="bottom", bbox=paper)
 
 def image(ax, x, title, figure, xlabel="", ylabel="", limits=None):
     """x [rows, columns] as an image, between limits, or in colours symmetric about 0."""
     most = np.nanmax(np.abs(x)) or 1
-    low, high = limits or (-most, most)
-    shown = ax.imshow(x, vmin=low, vmax=high, cmap="viridis" if low >= 0 else "RdBu_r", aspect="auto",
-                      interpolation="nearest")
+    shown = ax.imshow(x, "viridis" if limits else "RdBu_r", clim=limits or (-most, most), aspect="auto")
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.set_title(title, fontsize=9)
-    ax.spines[:].set_visible(True)
     figure.colorbar(shown, ax=ax, shrink=.85)
-
-
-def smooth(y, width):
-    """Running mean along axis 0 over the last `width` entries (fewer at the start)."""
-    total = np.cumsum(np.concatenate([np.zeros_like(y[:1]), y]), 0, dtype=float)
-    i = np.arange(1, len(y) + 1)
-    low = np.maximum(i - width, 0)
-    return (total[i] - total[low]) / (i - low).reshape(-1, *[1] * (y.ndim - 1))
-
 
 def figures_of(room):
     """{name: draw function} of a study, in the order of its text."""
-    return {k.removeprefix("draw_"): f for k, f in vars(room).items() if k.startswith("draw_")}
+    return {k[5:]: f for k, f in vars(room).items() if k.startswith("draw_")}
 
-
-def save_figure(folder, name, figure):
-    """Write a figure as NAME.png; an animation, (figure, number of frames, draw(i)), as NAME.gif."""
-    buffer = io.BytesIO()
-    if not isinstance(figure, tuple):
-        figure.savefig(buffer, format="png", dpi=130)
-        plt.close(figure)
-        return folder.write(f"{name}.png", buffer.getvalue())
-    figure, frames, draw = figure
-    with tempfile.TemporaryDirectory() as there:
-        writer = PillowWriter(fps=3)
-        with writer.saving(figure, f"{there}/{name}.gif", dpi=80):
-            for i in range(frames):
-                draw(i)
-                writer.grab_frame()
-                figure.set_layout_engine("none")  # the first frame's layout stays
-        plt.close(figure)
-        folder.write(f"{name}.gif", Path(there, f"{name}.gif").read_bytes())
-
+def save_figure(path, figure):
+    """Write a figure as path.png, or the bytes of an animation as path.gif."""
+    write(path.with_suffix(".gif" if isinstance(figure, bytes) else ".png"), figure)
+    plt.close("all")
 
 # ---- The command line of a script -------------------------------------------------------------------
-
 def main(cls, studies, argv=None):
-    """Run a script whose flags are cls and whose studies are these classes. Returns the exit status: 0,
-    2 for a mistake that the user can mend, 130 after Ctrl-C."""
-    script = Path(sys.modules[cls.__module__].__file__)
+    """Run a script. Returns the exit status: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    script, status = Path(getfile(cls)), 2
     try:
         return run_study(cli(cls, studies, argv), script)
-    except Stop as stop:
-        message, status = stop, 2
+    except (Stop, argparse.ArgumentError) as error:
+        message = f"{error}".replace("ignored explicit argument", "it takes no value, not")
     except KeyboardInterrupt:
         message, status = "stopped at once; what was saved before can be resumed", 130
-    except (RuntimeError, MemoryError) as error:  # out of memory is a RuntimeError
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "alloc" not in str(error):
+    except DistError:
+        message = "a process did not come, or went: torchrun starts them all, --resume goes on"
+    except OSError as error:
+        message = f"cannot read or write: {error}"
+    except (RuntimeError, MemoryError) as error:
+        if "alloc" not in str(error):
             raise
-        message, status = "out of memory; lower --block, or the sizes (such as --batch)", 2
-    if rank() == 0 or NOW.met:
-        print(f"{script.name}: {f'rank {rank()}: ' * (rank() > 0)}{message}", file=sys.stderr)
+        message = "out of memory; lower --block, or the sizes (such as --batch)"
+    print(f"{script.name}: {message}", file=sys.stderr)
     return status
-
 
 def run_study(flags, script):
     """One command line, from flags to figures."""
-    start, NOW.asked = time.perf_counter(), False
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun --max-restarts
-        flags.resume, flags.force = True, False
+    NOW.__init__(start=perf_counter(), asked=False, rows=[], compiled=[], seconds=Counter())
     torch.set_num_threads(flags.threads)
-    if device(flags).type == "cuda":
-        torch.cuda.set_device(device(flags))
-    with contextlib.ExitStack() as ending:
-        path = folder = None
-        if rank() == 0:
-            path = folder_path(flags)
-            ending.enter_context(locked(path))
-            folder = open_folder(path, flags, script)
-        ready = meet(str(path) if folder else None, seconds=60)
-        NOW.met = True
-        if not ready:
-            return 0
-        folder = folder or Folder(ready, flags)
-        ending.enter_context(interruptible(folder))
-        words = [w for w in flags.argv if w not in ("--resume", "--force")]
-        go_on = f"stopped; go on with: python {script.name} {shlex.join([*words, '--resume'])}"
-        if flags.plot_only:
-            arrays, finished = folder.read("arrays.npz"), folder.read("config.json")["finished"]
-        else:
-            arrays = {k: np.asarray(v) for k, v in flags.room.compute(flags, folder).items()}
-            finished = not NOW.asked
-        if rank() > 0:  # rank 0 writes, judges and draws
-            return 0
-        claims = judged(flags, arrays, finished)
-        if flags.plot_only:
-            folder.write("summary.json", {**folder.read("summary.json"), "claims": claims})
-        else:
-            folder.write("arrays.npz", arrays)
-            folder.summarise(claims, time.perf_counter() - start)
-        for name, draw in figures_of(flags.room).items():
-            figure = draw(arrays, flags) if name in (flags.figures or [name]) else None
-            if figure is not None:
-                save_figure(folder, name, figure)
-        for c in claims:
-            tell(f"{VERDICTS[c['holds']]:7} {c['id']}: {c['statement']}   measured {c['measured']}")
-        for mark, lost in ("diverged", True), ("finished", False):
-            count = sum(ends[mark] is lost for _, ends in folder.rows)
-            if count:
-                tell(f"{count} of {len(folder.rows)} runs: {mark} is {lost} in summary.csv; not counted")
-        tell(f"{folder.path}  ({time.perf_counter() - start:.0f} s)" if finished else go_on)
-        return 0 if finished else 130
-
-
-@contextlib.contextmanager
-def interruptible(folder):
-    """Ctrl-C or SIGTERM asks the training loop to save and stop; a second one stops at once."""
-    def ask(number, frame):
+    def ask(*_):  # Ctrl-C or SIGTERM: the training loop saves and stops; the second time all stops
         if NOW.asked:
             raise KeyboardInterrupt
         NOW.asked = True
         tell("\nstopping (again: at once)")
-    try:
-        old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread
-        old = {}
-    try:
-        yield
-    finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)
+    with ExitStack() as ending:
+        path = ending.enter_context(opened(flags, script)) if RANK == 0 else None
+        path = meet(path and str(path))
+        if not path:
+            return 0
+        for number in SIGINT, SIGTERM:
+            ending.callback(signal, number, signal(number, ask))
+        NOW.folder = Path(path)
+        if flags.plot_only:
+            arrays = read(NOW.folder / "arrays.npz")
+            NOW.asked = not read(NOW.folder / "config.json")["finished"]
+        else:
+            arrays = {k: np.asarray(v) for k, v in flags.room.compute(flags, NOW.folder).items()}
+            write(NOW.folder / "arrays.npz", arrays)
+        if RANK == 0:
+            conclude(flags, arrays)
+        tell(f"stopped; go on with: python {script.name} "
+             f"{shlex.join(w for w in flags.argv if w not in ('--resume', '--force'))} --resume"
+             if NOW.asked else f"{path}  ({perf_counter() - NOW.start:.0f} s)")
+        return 130 if NOW.asked else 0
 
+def conclude(flags, arrays):
+    """Judge the claims, write the summary, then draw."""
+    found, summary = judged(flags, arrays), NOW.folder / "summary.json"
+    if flags.plot_only:
+        write(summary, read(summary) | {"claims": found})
+    else:
+        summarise(flags, found)
+    verdicts = [c["verdict"] for c in found]
+    counts = ", ".join(f"{verdicts.count(v)} {v}" for v in VERDICTS.values())
+    text = f"### {experiment(flags)}, {flags.study}: {len(read(summary)['runs'])} runs; {counts}\n\n"
+    text += "| claim | statement | expected | measured | verdict |\n| --- | --- | --- | --- | --- |\n"
+    for c in found:
+        tell("{verdict:7} {id}: {statement}   measured {measured}".format(**c))
+        text += "| {id} | {statement} | {expected} | {measured} | {verdict} |\n".format(**c)
+    write(NOW.folder / "claims.md", text.encode())
+    draws = figures_of(flags.room)
+    for name in flags.figures or draws:
+        figure = draws[name](arrays, flags)
+        if figure:
+            save_figure(NOW.folder / name, figure)
+    diverged = sum(ends["diverged"] for _, ends in NOW.rows)
+    if diverged:
+        tell(f"{diverged} of {len(NOW.rows)} runs diverged: see summary.csv")
 
 # ---- A script's text: what its studies reach, for `fork` and for flags that a study does not read ----
-
 class Source:
     """The top level of a script: nodes {name: statement}, and members {name: statement} of its Flags."""
-
     def __init__(self, text):
-        self.tree, self.nodes, self.members = ast.parse(text), {}, {}
-        for node in self.tree.body:
-            for name in defined(node):
-                self.nodes[name] = node
-        for node in getattr(self.nodes.get("Flags"), "body", []):
-            for name in defined(node):
-                self.members[name] = node
+        self.tree = ast.parse(text)
+        self.nodes = {name: node for node in self.tree.body for name in defined(node)}
+        flags = self.nodes["Flags"]
+        self.members = {name: node for node in flags.body for name in defined(node)}
+        flags.body = [ast.Pass()]
 
     def reach(self, names):
-        """The statements that these names use, directly or not, their own included: {name: statement}. A
-        member of Flags is used by its name as an attribute, a keyword or a string."""
-        found, left = {}, [*names]
+        """{name: statement} of all that these names use, directly or not, and of themselves."""
+        found, left, known = {}, [*names], self.members | self.nodes
         while left:
             name = left.pop()
-            if name in found or name not in self.nodes | self.members:
-                continue
-            node = found[name] = (self.nodes | self.members)[name]
-            parts = [*node.decorator_list, *node.bases] if name == "Flags" else [node]
-            for part in parts:
-                left += names_in(part) & self.nodes.keys()
-                left += words_in(part) & self.members.keys() - {"check"}
+            if name in known and name not in found:
+                node = found[name] = known[name]
+                left += strings(node, ast.Name) & self.nodes.keys()
+                left += words_in(node) & self.members.keys() - {"check"}
         return found
-
 
 def defined(node):
     """Names that a statement binds."""
-    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-        return {node.name}
-    if isinstance(node, (ast.Import, ast.ImportFrom)):
-        return {a.asname or a.name.split(".")[0] for a in node.names}
-    targets = getattr(node, "targets", [getattr(node, "target", None)])
-    return {n.id for t in targets if t for n in ast.walk(t) if isinstance(n, ast.Name)}
-
-
-def names_in(node):
-    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-
+    symbols = symtable(ast.unparse(node), "", "exec").get_symbols()
+    return {symbol.get_name() for symbol in symbols if symbol.is_local()}
 
 def words_in(node):
     """Attributes, keywords and strings of a statement: the ways to name a flag."""
-    kinds = {ast.Attribute: "attr", ast.keyword: "arg", ast.Constant: "value"}
-    return {getattr(n, kinds[type(n)]) for n in ast.walk(node) if type(n) in kinds}
+    return strings(node, ast.Attribute, ast.keyword, ast.Constant)
 
+def strings(node, *kinds):
+    """Names and texts in a tree's nodes of these kinds."""
+    nodes = [n for n in ast.walk(node) if isinstance(n, kinds)]
+    return {value for n in nodes for value in vars(n).values() if isinstance(value, str)}
 
 def fork(source, target, *wanted):
-    """Copy a script with its core and the named studies (default: the first), and without whatever these
-    do not reach: functions, constants, flags and their checks, imports."""
-    if Path(target).exists():
-        raise Stop(f"{target} exists: give another name")
+    """Copy a script with the named studies (default: the first) and what they and `check` reach."""
     text = Path(source).read_text()
     script, lines = Source(text), text.splitlines()
     rooms = {study_name(n.id): n.id for n in script.nodes["STUDIES"].value.elts}
-    unknown = {*wanted} - {*rooms}
-    if unknown:
-        raise Stop(f"{source} has no study {min(unknown)}: it has {', '.join(rooms)}")
     wanted = wanted or [*rooms][:1]
-    kept = script.reach(["Flags", "common", *(rooms[w] for w in wanted)])
-    drop = set()
-
-    def remove(node, also=()):
-        first = min(n.lineno for n in [node, *getattr(node, "decorator_list", [])])
-        while lines[first - 2].lstrip().startswith("# ") and not lines[first - 2].startswith("# =="):
-            first -= 1
-        drop.update(range(first, node.end_lineno + 1))
-
-    for node in script.tree.body[1:-1]:
-        names = defined(node)
-        if names == {"STUDIES"}:
-            lines[node.lineno - 1] = f"STUDIES = [{', '.join(rooms[w] for w in wanted)}]"
-            drop.update(range(node.lineno + 1, node.end_lineno + 1))
-        elif isinstance(node, ast.ImportFrom):
-            used = [a.name for a in node.names if a.name in kept]
-            lines[node.lineno - 1] = f"from {node.module} import {', '.join(used)}"
-            drop.update([node.lineno] * (not used))
-        elif not names & kept.keys():
-            remove(node)
-    gone = {name for name in script.members if name not in kept} - {"check"}
-    for name in gone:
-        remove(script.members[name])
-    check = script.members.get("check")
-    for node in check.body if check else []:
-        if (words_in(node) | names_in(node)) & gone:
-            remove(node)
-            gone |= defined(node)
-    if check and drop.issuperset(range(check.body[0].lineno, check.end_lineno + 1)):
-        remove(check)
-    doc = range(1, script.tree.body[0].end_lineno + 1)
-    other = "|".join(r for r in rooms if r not in wanted)
-    drop.update(i for i in doc if other and re.search(rf"--study ({other})\b", lines[i - 1]))
-    text = "\n".join(line for i, line in enumerate(lines, 1) if i not in drop) + "\n"
+    if not {*wanted} <= rooms.keys():
+        raise Stop(f"the studies of {source} are {', '.join(rooms)}")
+    names = [rooms[w] for w in wanted]
+    kept = script.reach(["Flags", "common", "check", *names]).keys() | {"STUDIES"}
+    pairs = pairwise(script.tree.body[:-1]), pairwise(script.members.values())
+    for before, node in chain(*pairs):  # what stands between them goes with the second
+        if not defined(node) & kept:
+            for i in range(before.end_lineno, node.end_lineno):
+                lines[i] = f"\n\n{lines[i]}" if lines[i].startswith("# ====") else None
+    text = "\n".join(line for line in lines if line is not None) + "\n"
+    text = re.sub(r"(?m)^STUDIES = .*", f"STUDIES = [{', '.join(names)}]", text)
     text = text.replace(Path(source).name, Path(target).name)
-    text = re.sub(r"(?m)^# ==== .*\n+(?=# ==== )", "", re.sub(r"\n{4,}", "\n\n\n", text))
-    Path(target).write_text(text)
-    print(f"{target}: {len(text.splitlines())} lines, {', '.join(wanted)}")
-
+    empty = rf"(?m)^    python .* --study (?!({'|'.join(wanted)})\b).*\n|^# ==== .*\n+(?=# ==== )"
+    with open(target, "x") as f:  # without others' commands and banners of what is empty
+        f.write(re.sub(empty, "", text))
 
 # ---- Finished runs: compared, listed, reported ------------------------------------------------------
-
-def finished_run(path):
-    """Folder, config.json and summary.json of a run; Stop where it is none of this project."""
-    folder = Folder(path, None)
-    settings, summary = folder.read("config.json"), folder.read("summary.json")
-    try:
-        [r["finished"] for r in summary["runs"]], [VERDICTS[c["holds"]] for c in summary["claims"]]
-        settings["flags"]["steps"], " ".join(settings["argv"])
-    except (KeyError, TypeError, IndexError):
-        raise Stop(f"{path} holds no run of this project") from None
-    return folder, settings, summary
-
-
-def compare(paths, metric="loss", out="runs/compare.png"):
-    """Print which flags and median final metrics of runs differ, and draw one metric of metrics.npz."""
-    figure, ax = plt.subplots(figsize=(8, 4.8), layout="constrained")
-    tables = []
-    for colour, path in zip(itertools.cycle(COLOURS), paths):
-        folder, settings, summary = finished_run(path)
-        rows = [r for r in summary["runs"] if r["finished"] and not r["diverged"]]
-        table = {k: str(v) for k, v in settings["flags"].items() if k not in HOW}
-        for k in summary["runs"][0]:
-            values = [r[k] for r in rows if isinstance(r[k], (int, float))]
-            table[k] = f"{np.median(values):.4g}" if values else "-"
-        tables.append(table | {c["id"]: VERDICTS[c["holds"]] for c in summary["claims"]})
-        places = [p for p in folder.path.glob("group*")] or [folder.path]
-        for place in places:
-            metrics = Folder(place, None).read("metrics.npz")
-            if metrics.get(metric, np.zeros(0)).ndim != 2:
-                raise Stop(f"{place} has no {metric} by step and run; it has {', '.join(metrics)}")
-            steps = metrics["eval_step" if metric.startswith("eval_") else "step"]
-            band(ax, steps, metrics[metric], f"{path} {place.name}", colour)
-    for k in dict.fromkeys(k for t in tables for k in t):
-        cells = [t.get(k, "-") for t in tables]
+def compare(*paths):
+    """Print which flags and median final metrics of runs differ; draw their losses."""
+    tables, ax = [], plt.figure().add_subplot(xscale="log", yscale="log", xlabel="step")
+    for path in map(Path, paths):
+        for file in sorted(path.rglob("metrics.npz")):
+            metrics = read(file)
+            ends = {k: f"{np.median(x[-1]):.4g}" for k, x in metrics.items() if x.ndim == 2}
+            band(ax, metrics["step"], metrics["loss"], f"loss, {file.parent}", f"C{len(tables)}")
+            tables.append({"run": file.parent} | read(path / "config.json")["flags"] | ends)
+    for k in tables[0]:
+        cells = [f"{table.get(k, '-')}" for table in tables]
         if len({*cells}) > 1:
-            print(f"{k:28}", *(f"{c:>14}" for c in cells))
-    ax.set(xlabel="step", ylabel=metric, xscale="log", yscale="log")
-    ax.legend(fontsize=7)
-    figure.savefig(out)
-    print(out)
+            print(k, *cells, sep="\t")
+    ax.legend()
+    plt.savefig("runs/compare.png")
 
-
-def claims(paths):
-    """Print the claims of runs as a markdown table."""
+def claims(*paths):
+    """Print what runs say about the notes, as markdown tables."""
     for path in paths:
-        _, settings, summary = finished_run(path)
-        count = collections.Counter(VERDICTS[c["holds"]] for c in summary["claims"])
-        print(f"\n### {summary['experiment']}, {summary['study']}: {len(summary['runs'])} runs; "
-              + ", ".join(f"{count[v]} {v}" for v in VERDICTS.values()))
-        print("\n| claim | statement | expected | measured | verdict |\n| --- | --- | --- | --- | --- |")
-        for c in summary["claims"]:
-            cells = [c["id"], c["statement"], c["expected"], c["measured"], VERDICTS[c["holds"]]]
-            print("|", " | ".join(str(x).replace("|", "\\|") for x in cells), "|")
+        print(read(Path(path, "claims.md")).decode())
 
-
-def report(paths, out="runs/report.html"):
-    """One HTML file of runs (all under runs/ if none is named): verdicts, figures, and the command of
-    each."""
-    page = [
-        "<!doctype html><meta charset=utf-8><title>Lab report</title><style>body{font:15px sans-serif;"
-        "max-width:1100px;margin:auto}img{max-width:100%}td{border-top:1px solid #ccc}</style>"
-    ]
-    for path in paths or sorted(p.parent for p in Path("runs").glob("*/*/summary.json")):
-        folder, settings, summary = finished_run(path)
-        command = f"python exp_{summary['experiment']}.py {shlex.join(settings['argv'])}"
-        page.append(f"<h2>{html.escape(str(path))}</h2><pre>{html.escape(command)}</pre><table>")
-        for c in summary["claims"]:
-            keys = ("id", "statement", "source", "expected", "measured")
-            cells = [VERDICTS[c["holds"]], *(c[k] for k in keys)]
-            page.append("<tr>" + "".join(f"<td>{html.escape(str(x))}" for x in cells))
-        page.append("</table>")
-        for name in sorted(n for n in folder.sums() if n.endswith((".png", ".gif"))):
-            data = base64.b64encode(folder.read(name)).decode()
-            page.append(f'<p><img alt="{html.escape(name)}" src="data:image/{name[-3:]};base64,{data}">')
-    Path(out).write_text("\n".join(page), encoding="utf-8")
-    print(out)
-
-
-@dataclasses.dataclass
-class Tools:
-    names: list[str] = flag([], "what to do, and to what")
-    out: str = flag("", "the file to write")
-    metric: str = flag("loss", "what `compare` draws")
-
-
-def tools(argv):
-    """`python common.py compare|claims|report|fork`."""
-    words = read_words(["--names", *argv], fields_of(Tools))
-    name, *names = words.pop("names") or ["help"]
-    known = {"compare": compare, "claims": claims, "report": report, "fork": fork}
-    least = {"compare": 1, "claims": 1, "report": 0, "fork": 2}
-    if name not in known or len(names) < least[name]:
-        raise Stop(__doc__.split("\n\n")[1])
-    return fork(*names, **words) if name == "fork" else known[name](names, **words)
-
+def report(*paths):
+    """Write runs/report.html, one page of verdicts and figures."""
+    page = ["<!doctype html><meta charset=utf-8><style>pre {white-space: pre-wrap}</style>"]
+    for path in map(Path, paths):
+        page.append(f"<pre>{html.escape(read(path / 'claims.md').decode())}</pre>")
+        for file in sorted(path.glob("*.[pg][ni][gf]")):
+            data = b64encode(read(file)).decode()
+            page.append(f"<img src='data:image/{file.suffix[1:]};base64,{data}'>")
+    Path("runs/report.html").write_text("\n".join(page), encoding="utf-8")
 
 if __name__ == "__main__":
+    tools = {f.__name__: f for f in (compare, claims, report, fork)}
     try:
-        tools(sys.argv[1:])
-    except (Stop, OSError, TypeError) as error:
-        print(f"common.py: {error}", file=sys.stderr)
+        tools[sys.argv[1]](*sys.argv[2:])
+    except (Stop, OSError, LookupError, TypeError) as error:
+        print(f"common.py: {error}" if isinstance(error, (Stop, OSError)) else __doc__, file=sys.stderr)
         sys.exit(2)

@@ -10,11 +10,12 @@ mod base: a model that knows its own column but no carry has the loss H(c_k) (.6
     python exp_addition.py --study anatomy       three minutes: attention, neurons, frequencies
     python exp_addition.py --study theory        seconds: every exact shelf, for any --base and --digits
 
-Claims are quoted from research notes of 2023-04-18, "128/4" is d_model/n_heads; model and optimiser are
-theirs.
-"""
+Claims are quoted from research notes of 2023-04-18, "128/4" is d_model/n_heads."""
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -25,8 +26,6 @@ import common
 from common import flag
 
 # ==== Flags ==========================================================================================
-
-
 @dataclass
 class Flags(common.Flags):
     steps: int = flag(2000, "training steps", low=1)
@@ -46,7 +45,6 @@ class Flags(common.Flags):
     beta2: float = flag(.98, "AdamW beta2", low=0, high=.999999, number=True)
     eps: float = flag(1e-8, "AdamW eps", low=0, number=True)
     clip: float = flag(0., "clip the gradient's norm to this (0: do not)", low=0, number=True)
-    evals: int = flag(30, "log-spaced evaluations over training", low=2)
     probe: str = flag("logit", "gradient times input of `logit`, `neuron:I` or `head:I`")
     checkpoint: str = flag("", "a checkpoint.pt to take apart instead of training")
 
@@ -54,8 +52,7 @@ class Flags(common.Flags):
         if self.digit > self.digits:
             raise common.Stop(f"--digit {self.digit} must be at most --digits {self.digits}")
         if self.d_model % self.n_heads:
-            raise common.Stop(f"--d-model {self.d_model} must be divisible by "
-                              f"--n-heads {self.n_heads}")
+            raise common.Stop(f"--d-model {self.d_model} must be divisible by --n-heads {self.n_heads}")
 
     @property
     def vocab(self):
@@ -64,14 +61,11 @@ class Flags(common.Flags):
 
 SMOKE = dict(steps=20, runs=2, d_model=8, n_heads=2, batch=32, evals=2)
 NOTES = "research notes, 2023-04-18: "
-DIGITS = ["units", "tens", "hundreds", "thousands"]
+DIGITS = ["units", "tens", "hundreds", "thousands", *(f"10^{k}s" for k in range(4, 9))]
 
 # ==== Data law =======================================================================================
-
-
 def sample(flags, key, batch):
-    """Digits of a then b, each most significant first: int64 [2D, batch]. (The batch is the last axis:
-    along it the fast path vectorises. A pair of digits takes one random number.)"""
+    """Digits of a then b, each most significant first: int64 [2D, batch], the axis that vectorises."""
     pair = common.integers(key, flags.base ** 2, flags.digits, batch)
     a = (pair * (2 ** 16 // flags.base + 1)) >> 16  # pair // base, exact below 2^16 / base
     return torch.cat([a, pair - flags.base * a])
@@ -86,7 +80,7 @@ def columns(ab, base):
         pair = ab[D - 1 - k] + ab[2 * D - 1 - k]
         full = pair + carry[k]
         carry.append((full >= base).to(ab.dtype))
-        naive.append(pair - base * (pair >= base).to(ab.dtype))
+        naive.append(pair % base)
         total.append(full - base * carry[-1])
     return naive, carry, total + carry[-1:]
 
@@ -105,8 +99,8 @@ def tokens_of(flags, ab):
 def evaluation_set(flags, examples=4096):
     """The same digits [2D, examples] for every run (a sixteenth of them for --smoke)."""
     shape = 2 * flags.digits, examples // 16 if flags.smoke else examples
-    ab = torch.randint(flags.base, shape, generator=common.generator(0, "eval"))
-    return ab.to(common.device(flags))
+    digits = torch.randint(flags.base, shape, generator=common.generator(0, "eval"))
+    return digits.to(common.device(flags))
 
 
 def carry_probability(base, k):
@@ -120,23 +114,19 @@ def carry_entropy(p):
 
 
 def floors(base, digits):
-    """Bayes-optimal loss in nats of digit k of a model that sees its L top columns (its own and the L -
-    1 below; for the leading carry k = D the columns D-1, D-2, ..): floor[k, L] [D+1, D+2], NaN where
-    undefined. The carry stays unknown only where every column that is seen below the own one sums to
-    base - 1."""
+    """Bayes-optimal loss in nats of digit k of a model that sees its L top columns (own first; for the
+    leading carry D-1, ..): floor[k, L] [D+1, D+2], or NaN; a carry goes through columns of base - 1."""
     floor = np.full((digits + 1, digits + 2), np.nan)
     for k in range(digits + 1):
-        top = k < digits  # the leading carry has no column of its own
-        floor[k, 0] = math.log(base) if top else carry_entropy(carry_probability(base, k))
-        for seen in range(1, k + 1 + top):
-            below = seen - top
+        own = k < digits  # the leading carry has no column of its own
+        for seen in range(k + 1 + own):
+            below = seen - own
             floor[k, seen] = float(base) ** -below * carry_entropy(carry_probability(base, k - below))
+        if own:
+            floor[k, 0] = math.log(base)
     return floor
 
-
 # ==== Model ==========================================================================================
-
-
 def init(flags, generator, positions=None):
     """Parameters of one run. Every matrix N(0, 1/d_model), W_U N(0, 1/vocab), biases zero."""
     d, hidden = flags.d_model, 4 * flags.d_model
@@ -161,25 +151,30 @@ def mlp(params, x, patch=unchanged):
     return patch("skip", x) + neurons @ params["W_out"] + params["b_out"]
 
 
+def attention(q, k, v, patch=unchanged):
+    """Causal attention of the last t positions, queries q [B, heads, t, d_head], to all, k and v [B,
+    heads, T, d_head]: the heads' outputs side by side [B, t, d]."""
+    t, T = q.shape[2], k.shape[2]
+    future = torch.ones(t, T, dtype=torch.bool, device=q.device).triu(T - t + 1)
+    scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(future, -math.inf)
+    heads = patch("heads", patch("attention", scores.softmax(-1)) @ v)
+    return heads.transpose(1, 2).flatten(2)
+
+
 def forward(params, tokens, n_heads, first=0, patch=unchanged):
     """The textbook model: logits [B, T - first, vocab] at positions first.. of tokens [B, T].
-    patch(name, x) -> x sees, and may change, `embedding` [B, T, d], `attention` [B, heads, T - first,
-    T], `heads` [B, heads, T - first, d_head] (before W_O), `neurons` [B, T - first, 4d] and `skip` [B, T
-    - first, d], the residual stream past the MLP."""
+    patch(name, x) -> x sees, and may change, `embedding` [B, T, d]; with t = T - first `attention` [B,
+    heads, t, T], `heads` [B, heads, t, d_head], `neurons` [B, t, 4d], `skip` past the MLP [B, t, d]."""
     x = patch("embedding", params["W_E"][tokens] + params["W_pos"])
-    T, d = x.shape[1:]
-    split = lambda y: y.unflatten(-1, (n_heads, d // n_heads)).transpose(1, 2)
+    split = lambda y: y.unflatten(-1, (n_heads, -1)).transpose(1, 2)
     q, k, v = split(x[:, first:] @ params["W_Q"]), split(x @ params["W_K"]), split(x @ params["W_V"])
-    future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)[first:]
-    scores = (q @ k.transpose(-1, -2) / math.sqrt(d // n_heads)).masked_fill(future, -math.inf)
-    mixed = patch("heads", patch("attention", scores.softmax(-1)) @ v).transpose(1, 2).flatten(2)
+    mixed = attention(q, k, v, patch)
     return mlp(params, x[:, first:] + mixed @ params["W_O"], patch) @ params["W_U"]
 
 
 def tables(params, n_heads):
-    """All that attention of `=` can see. The query is one constant vector, keys and values are sums of a
-    token's and a position's part: token scores [heads, vocab], position scores [heads, T], token values
-    [vocab, d], position values [T, d]."""
+    """Attention of `=` has one constant query; keys and values are sums of a token's and a position's
+    part: scores [heads, vocab] and [heads, T], values [vocab, d] and [T, d]."""
     W_E, W_pos = params["W_E"], params["W_pos"]
     d = W_E.shape[1]
     query = ((W_E[-1] + W_pos[-1]) @ params["W_Q"]).view(n_heads, -1)
@@ -190,8 +185,7 @@ def tables(params, n_heads):
 
 def attend(params, ab, n_heads):
     """Attention of `=` by table look-up: weights of the digits [heads, 2D, B], of `+` and `=` [heads, 2,
-    B], weights summed by digit value [heads, base, B]. The maximum is taken per example: a global one
-    underflows where the scores of small models grow huge."""
+    B], summed by digit value [heads, base, B]. (A global maximum of huge scores underflows.)"""
     token_score, place_score, *_ = tables(params, n_heads)
     base, D = token_score.shape[1] - 2, len(ab) // 2
     value = torch.arange(base, device=ab.device)[:, None, None]
@@ -209,9 +203,8 @@ def attend(params, ab, n_heads):
 
 
 def fast_forward(params, ab, n_heads, patch=unchanged):
-    """Logits [B, vocab] at `=`, exactly those of `forward`, from digits ab [2D, B]. Token and position
-    parts of the values are mixed apart, so no example's values are ever formed. patch sees `heads` [B,
-    heads, d_head], `neurons` [B, 4d] and `skip` [B, d]."""
+    """Logits [B, vocab] at `=`, exactly those of `forward`, from digits ab [2D, B], without values of
+    examples. patch sees `heads` [B, heads, d_head], `neurons` [B, 4d] and `skip` [B, d]."""
     score, fixed, by_digit = attend(params, ab, n_heads)
     _, _, token_value, place_value = tables(params, n_heads)
     base, D = by_digit.shape[1], len(ab) // 2
@@ -230,15 +223,10 @@ def nll(logits, labels):
     gap = (logits - (logits * here).sum(-1, keepdim=True)).masked_fill(here, -math.inf)
     top = gap.amax(-1, keepdim=True).detach().clamp(min=0)
     rest = (gap - top).exp().sum(-1)
-    top = top[..., 0]
-    return top + torch.log1p(rest + torch.expm1(-top))
-
+    return top[..., 0] + torch.log1p(rest + torch.expm1(-top[..., 0]))
 
 # ==== Train ==========================================================================================
-
-
 def start(run, positions=None):
-    """Step 0 of one run."""
     params = init(run, common.generator(run.seed, "init"), positions)
     return {"params": params, **common.adam_init(params)}
 
@@ -254,7 +242,7 @@ def step_of(flags, loss_of=digit_loss):
         ab = sample(flags, common.key(number["seed"], 0, state["t"]), flags.batch)
         loss_at = lambda params: loss_of(flags, params, ab, number["digit"])
         grads, loss = grad_and_value(loss_at)(state["params"])
-        size = common.norm(grads)
+        size = norm(grads)
         scale = torch.where((number["clip"] > 0) & (size > number["clip"]), number["clip"] / size, 1.)
         grads = {k: scale * g for k, g in grads.items()}
         lr = number["lr"] * ((state["t"] + 1) / number["warmup"]).clamp(max=1)
@@ -268,21 +256,17 @@ def evaluate_of(flags):
     """What is evaluated of ONE run, on fixed digits: loss, accuracy, P(correct); delta [2, base], the
     mean of P((n + delta) mod base) by carry, and other [2], the mass on `+` and `=`; pair = -ln(P_n +
     P_{n+1}), lost before the carry is asked for (loss - pair is what the carry costs); alias [divisors],
-    -ln of the mass on n mod m, lost by a model that knows n only mod m, for every m of `divisors`. Means
-    in nats."""
+    -ln of the mass on n mod m, lost by a model that knows n only mod m. Means in nats."""
     ab, base = evaluation_set(flags), flags.base
     naive, carry, total = columns(ab, base)
-    naive.append(torch.zeros_like(carry[0]))  # the leading carry has no column
-
     def evaluate(params, number):
         n, c, labels = (pick(x, number["digit"]) for x in (naive, carry, total))
         logits = fast_forward(params, ab, flags.n_heads)
         loss, probs = nll(logits, labels), logits.softmax(-1)
-        near = (n[:, None] + torch.arange(base, device=ab.device)) % base
-        shifted = probs.gather(1, near)  # [B, delta]
+        shifted = probs.gather(1, (n[:, None] + torch.arange(base, device=ab.device)) % base)
         cost = lambda deltas: -shifted[:, deltas].sum(1).clamp(min=1e-38).log().mean()
-        mean_if = lambda x, keep: (x * keep[:, None]).sum(0) / keep.sum()
-        by_carry = lambda x: torch.stack([mean_if(x, c == 0), mean_if(x, c == 1)])
+        def by_carry(x):
+            return torch.stack([(x * (c == k)[:, None]).sum(0) / (c == k).sum() for k in (0, 1)])
         return {"loss": loss.mean(), "accuracy": (logits.argmax(-1) == labels).float().mean(),
                 "correct": (-loss).exp().mean(), "delta": by_carry(shifted),
                 "other": by_carry(probs[:, base:]).sum(1), "pair": cost(slice(0, 2)),
@@ -295,102 +279,120 @@ def divisors(base):
     return [m for m in range(1, base) if base % m == 0]
 
 
+def norm(tensors):
+    return torch.sqrt(sum((x * x).sum() for x in tensors.values()))
+
+
+def smooth(y, width):
+    """Running mean along axis 0 over the last `width` entries (fewer at the start)."""
+    total = np.cumsum(y, 0, dtype=float)
+    total[width:] -= total[:-width].copy()
+    return (total.T / np.minimum(np.arange(len(y)) + 1, width)).T
+
+
 def geometric(loss, width=10):
     """Geometric mean over the last `width` steps of loss [T, R]: the curve in which levels are read."""
-    return np.exp(common.smooth(np.log(np.maximum(loss, 1e-38)), width))
+    return np.exp(smooth(np.log(np.maximum(loss, 1e-38)), width))
 
 
 def milestones(runs, metrics):
-    """Per run: accuracy, and of the loss [T, R] at every step the step of first descent (10-step mean
-    0.1 below the loss that sees nothing) and of reaching 1e-3, infinite where it never comes; the lowest
-    10-step geometric mean and its step; the final one (last 100 steps); the largest regrowth between
-    steps 100 and 600; the number of spikes (above 1e-3 after having been below 1e-4) and the step of the
-    first; the vibration (standard deviation of log loss around its 100-step mean after step 1000)."""
+    """Per run, of the loss [T, R]: the step of first descent (10-step mean 0.1 below the loss that sees
+    nothing) and of reaching 1e-3, infinite where it never comes; the lowest 10-step geometric mean and
+    its step; the final one (100 steps); the largest regrowth between steps 100 and 600; the number of
+    spikes (above 1e-3 after below 1e-4), the first; the deviation of log loss from its 100-step mean."""
     loss = np.asarray(metrics["loss"], float)
-    blind = np.array([floors(r.base, r.digits)[r.digit, 0] for r in runs])
+    blind = np.array([floors(run.base, run.digits)[run.digit, 0] for run in runs])
     curve = geometric(loss)
     low = np.fmin.accumulate(curve)
-    when = lambda hit: np.where(hit.any(0), hit.argmax(0) + 1., np.inf)
-    spikes, first = np.zeros(len(runs)), np.full(len(runs), np.inf)
-    armed = np.zeros(len(runs), bool)
-    for i, row in enumerate(curve):
+    armed, spiking = np.zeros(len(runs), bool), np.zeros(loss.shape, bool)
+    for t, row in enumerate(curve):
         armed |= row < 1e-4
-        new = armed & (row > 1e-3)
-        first = np.where(new & np.isinf(first), i + 1, first)
-        spikes, armed = spikes + new, armed & ~new
-    log = np.log(np.maximum(curve, 1e-38))
-    late = (log - common.smooth(log, 100))[1000:]
-    bump = (curve / np.concatenate([curve[:1], low[:-1]]))[100:600]
-    found = {"descent": when(common.smooth(loss, 10) < blind - 0.1), "reach": when(curve < 1e-3),
-             "lowest": low[-1], "lowest_step": (curve == low[-1]).argmax(0) + 1.0, "spikes": spikes,
-             "final": geometric(loss[-100:], 100)[-1], "bump": bump.max(0, initial=1.0),
-             "first_spike": first, "vibration": late.std(0) if len(late) else np.full(len(runs), np.nan)}
-    lost = np.isnan(loss[-1])  # diverged or stopped: without a value
-    return {"accuracy": metrics["eval_accuracy"][-1],
-            **{k: np.where(lost, np.nan, v) for k, v in found.items()}}
+        spiking[t] = armed & (row > 1e-3)
+        armed &= ~spiking[t]
+    log = np.log(curve)
+    late = (log - smooth(log, 100))[1000:]
+    when = lambda hit: np.where(hit.any(0), hit.argmax(0) + 1., np.inf)
+    found = {"descent": when(smooth(loss, 10) < blind - .1), "reach": when(curve < 1e-3),
+             "lowest": low[-1], "lowest_step": when(curve == low[-1]),
+             "final": geometric(loss[-100:], 100)[-1],
+             "bump": (curve[1:] / low[:-1])[99:599].max(0, initial=1.),
+             "spikes": spiking.sum(0), "first_spike": when(spiking),
+             "vibration": late.std(0) if len(late) else np.nan}
+    stopped = np.isnan(loss[-1])  # or diverged: without a value
+    return {k: np.where(stopped, np.nan, x) for k, x in found.items()}
 
 
-def train(flags, folder, groups=None, start=start, step_of=step_of, evaluate_of=evaluate_of,
-          final=milestones):
-    """Train the runs of these flags (or groups of runs) on fresh digits; see `common.train`."""
-    groups = groups or common.groups_of_runs(flags)
-    return common.train(groups, folder, start, step_of, evaluate_of, final=final,
-                        eval_at=lambda run: common.marks(run.steps, run.evals))
+def train(flags, folder, start=start, step_of=step_of, evaluate_of=evaluate_of):
+    return common.train(common.groups_of_runs(flags), folder, start, step_of, evaluate_of)
 
 
 def digit_name(flags, k):
-    return "leading carry" if k == flags.digits else DIGITS[k] if k < 4 else f"10^{k}s"
+    return "leading carry" if k == flags.digits else DIGITS[k]
 
 
-def setting_of(run):
-    """A configuration in words, with the notes' width/heads."""
-    return f"{digit_name(run, run.digit)} {run.d_model}/{run.n_heads} decay {run.weight_decay:g}"
+def side_by_side(trained):
+    """The metrics of all groups along one axis of runs, {name: [T, R, ...]}; the steps are the same."""
+    join = lambda k: np.concatenate([t.metrics[k] for t in trained], 1)
+    return {k: x if x.ndim == 1 else join(k) for k, x in trained[0].metrics.items()}
+
+
+def outcomes(runs, metrics):
+    """Milestones, accuracy, digit, config [R], and delta_spectrum [R, 2, base], the last eval_delta."""
+    names = [digit_name(run, run.digit) for run in runs]
+    return milestones(runs, metrics) | {"digit": [run.digit for run in runs],
+        "config": [f"{name} {run.d_model}/{run.n_heads} decay {run.weight_decay:g}"
+                   for name, run in zip(names, runs)],
+        "accuracy": metrics["eval_accuracy"][-1], "delta_spectrum": metrics["eval_delta"][-1]}
 
 
 def curves(trained):
-    """The arrays of trained groups side by side: step [T], eval_step [M], loss, grad_norm [T, R], eval_*
-    [M, R, ...], milestones, digit and config [R], and delta_spectrum [R, 2, base], the last of
-    eval_delta."""
-    arrays = common.side_by_side(trained)
-    runs = [run for t in trained for run in t.runs]
-    arrays |= {k: np.concatenate([t.final[k] for t in trained]) for k in trained[0].final if k != "loss"}
-    return arrays | {"digit": np.array([r.digit for r in runs]),
-                     "config": np.array([setting_of(r) for r in runs]),
-                     "delta_spectrum": arrays["eval_delta"][-1]}
-
+    """Groups side by side: step [T], loss, grad_norm [T, R], eval_step [M], eval_* [M, R], outcomes."""
+    metrics = side_by_side(trained)
+    return metrics | outcomes([run for t in trained for run in t.runs], metrics)
 
 # ==== What several studies share =====================================================================
-
-BLUE, RED, GREEN, PINK = common.COLOURS[:4]
-STEPS = dict(xscale="log", xlabel="step (0 is drawn at 0.7)")
-
-
 def teacher_floor(base, k):
-    """Loss of digit k of a model that sees its own column, the column above and the answers before:
-    z_{k+1} and the column above tell the carry out of column k, which gives the carry into it away where
-    n_k = base - 1."""
+    """Loss of digit k of a model that sees its column, the one above and the answers before."""
     return (1 - 1 / base) * carry_entropy(carry_probability(base, k))
 
 
-def averaged(x, keep):
-    """x with its batch mean in place of the entries where `keep` (broadcast) is False: mean ablation."""
-    return torch.where(keep, x, x.mean(0, keepdim=True))
+def ablated(name, part=slice(None)):
+    """The patch that puts the batch mean in place of `part` of axis 1 of `name`: mean ablation."""
+    def patch(seen, x):
+        if seen == name:
+            x = x.clone()
+            x[:, part] = x[:, part].mean(0)
+        return x
+    return patch
 
 
-def part_ablations(n_heads, after):
-    """Patches that mean-ablate one part of a model each: the heads in order, then the MLP. after: how
-    many axes `heads` has from the heads on."""
-    index = torch.arange(n_heads).view(-1, *[1] * (after - 1))
-    heads = [lambda name, x, h=h: averaged(x, index != h) if name == "heads" else x
-             for h in range(n_heads)]
-    return [*heads, lambda name, x: averaged(x, torch.tensor(False)) if name == "neurons" else x]
+def part_ablations(flags):
+    """Patches that ablate one part of a model each: the heads in order, then the MLP."""
+    return [*(ablated("heads", h) for h in range(flags.n_heads)), ablated("neurons")]
+
+
+def rise(loss, patches):
+    """By how much loss(patch) is above the loss of the whole model, [patches, ...]."""
+    return torch.stack([loss(patch) for patch in patches]) - loss(unchanged)
+
+
+def one_shape(flags):
+    if len(common.groups_of_runs(flags)) > 1:
+        raise common.Stop(f"--study {flags.study} compares runs of one shape: sweep digit, lr, ..")
 
 
 def configurations(arrays, limit):
-    """(name, mask over runs, digit) of the first `limit` configurations."""
-    for name in list(dict.fromkeys(arrays["config"].tolist()))[:limit]:
+    """(name, mask over runs, digit) of the first configurations."""
+    for name in [*dict.fromkeys(arrays["config"].tolist())][:limit]:
         mine = arrays["config"] == name
         yield name, mine, int(arrays["digit"][mine][0])
+
+
+def panels_by_configuration(arrays, flags, title, wide):
+    """Up to four panels, `wide` a configuration: (figure, [(name, mask over runs, digit, panels)])."""
+    parts = [*configurations(arrays, 4 // wide)]
+    figure, axes = common.panels(wide * len(parts), title, flags)
+    return figure, [(*part, axes[wide * i:wide * (i + 1)]) for i, part in enumerate(parts)]
 
 
 def shelves(ax, flags, k):
@@ -399,12 +401,36 @@ def shelves(ax, flags, k):
     common.shelf(ax, levels[0], f"sees nothing: {levels[0]:.4g}")
     for seen, value in enumerate(levels[1:], 1):
         if value > 0:
-            common.shelf(ax, value, f"sees {seen} column{'s' * (seen > 1)}, no carry: {value:.4g}")
+            common.shelf(ax, value, f"columns seen: {seen}, no carry: {value:.4g}")
 
+
+def lines(ax, x, groups, title, ylabel, **axes):
+    """Median and quartiles over runs of each group {label: y [T, R]}; the log axis of steps has a 0."""
+    for (label, y), colour in zip(groups.items(), common.COLOURS * 2):
+        common.band(ax, x, y, label, colour)
+    axes = dict(xscale="symlog", xlim=(0, None), xlabel="step") | axes
+    ax.set(title=title, ylabel=ylabel, **axes)
+    if ax.lines:
+        ax.legend(fontsize=7)
+
+
+def bars(ax, names, groups, title, ylabel, **axes):
+    """Bars by name, of each group {label: y [R, names]} the median over runs; single runs as dots."""
+    for i, (label, y) in enumerate(groups.items()):
+        x = np.arange(len(names)) + .4 * i
+        if len(y):
+            name = f"{label} ({len(y)} runs)"
+            ax.bar(x, np.nanmedian(y, 0), .4, color=common.COLOURS[i], label=name)
+            ax.plot(x, y.T, ".", color="black", ms=3)
+            ax.legend(fontsize=7)
+    ax.set(title=title, ylabel=ylabel, **axes)
+    name_ticks(ax, names)
+
+
+def name_ticks(ax, names):
+    ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
 
 # ==== Studies ========================================================================================
-
-
 class Digit(common.Study):
     """When do units and tens leave their shelves?
 
@@ -414,20 +440,20 @@ class Digit(common.Study):
 
     def compute(flags, folder):
         arrays = curves(train(flags, folder))
-        top = floors(flags.base, flags.digits)[arrays["digit"], 0] - .1
-        arrays["rest_level"], arrays["rest_step"] = Digit.resting_level(arrays["loss"], top, .5)
+        blind = floors(flags.base, flags.digits)[arrays["digit"], 0]
+        arrays["rest_level"], arrays["rest_step"] = Digit.resting_level(arrays["loss"], blind - .1, .5)
         return arrays
 
     def resting_level(loss, top, bottom):
         """Level and step [2, R] of the 50 steps over which the 30-step mean of loss [T, R] moves least
         while it is between bottom and top [R]; NaN for a run that does not pass there."""
-        mean = common.smooth(loss, 30)
-        then, now = mean[:-50], mean[50:]
-        still = np.where((now < top) & (then < top) & (now > bottom), np.abs(now - then), np.inf)
-        if not len(still):
-            return np.full((2, loss.shape[1]), np.nan)
-        at, run = still.argmin(0), np.arange(loss.shape[1])
-        return np.where(np.isfinite(still[at, run]), [now[at, run], at + 51.], np.nan)
+        mean = smooth(loss, 30)
+        then = np.roll(mean, 50, 0)
+        then[:50] = np.inf
+        resting = (then < top) & (mean < top) & (mean > bottom)
+        at = np.where(resting, np.abs(mean - then), np.inf).argmin(0)
+        level = np.take_along_axis(mean, at[None], 0)[0]
+        return np.where(resting.any(0), [level, at + 1], np.nan)
 
     def claims(arrays, say):
         units, tens = arrays["digit"] == 0, arrays["digit"] == 1
@@ -440,8 +466,8 @@ class Digit(common.Study):
             NOTES + "a consistent 0.8-step", arrays["rest_level"][tens], "in", (0.72, 0.86))
         # what the loss consists of at the evaluation nearest to the shelf
         rest, steps = np.nan_to_num(arrays["rest_step"][tens]), arrays["eval_step"][:, None]
-        at = np.abs(np.log(steps + 1) - np.log(rest + 1)).argmin(0)
-        value = lambda key: arrays[key][:, tens][at, np.arange(tens.sum())]
+        at = np.abs(np.log((steps + 1) / (rest + 1))).argmin(0)
+        value = lambda key: arrays[key][:, tens][at, np.arange(len(at))]
         say("tens-shelf-carry",
             "there the carry costs H(c_1) = .688 nats, to .1: it is not known at all",
             NOTES + "log2; p(naive-sum-digit), p(naive-sum-digit+1)",
@@ -451,142 +477,81 @@ class Digit(common.Study):
             value("eval_pair"), "<", 0.15)
 
     def draw_curves(arrays, flags):
-        parts = list(configurations(arrays, 4))
-        figure, axes = common.panels(len(parts), "When does each digit's loss leave its shelf?", flags)
-        for ax, (name, mine, k) in zip(axes, parts):
-            loss, descent = geometric(arrays["loss"][:, mine]), arrays["descent"][mine]
-            common.band(ax, arrays["step"], loss, "training loss, 10-step mean", BLUE)
+        title = "When does each digit's loss leave its shelf?"
+        figure, parts = panels_by_configuration(arrays, flags, title, 1)
+        for name, mine, k, (ax,) in parts:
+            loss = {"training loss, 10-step mean": geometric(arrays["loss"][:, mine])}
+            lines(ax, arrays["step"], loss, name, "loss (nats)", yscale="log")
             shelves(ax, flags, k)
-            ax.plot(descent, np.full(len(descent), 4.), "v", color=RED, ms=4, label="first descent")
-            ax.set(xscale="log", yscale="log", xlabel="step", ylabel="loss (nats)", title=name)
-            ax.legend(fontsize=7, loc="lower left")
         return figure
 
     def draw_delta(arrays, flags):
-        parts, x = list(configurations(arrays, 2)), np.maximum(arrays["eval_step"], .7)
-        figure, axes = common.panels(
-            2 * len(parts),
-            "Where the answer lies: its distance from the naive digit n = (a_k + b_k) mod base",
-            flags,
-        )
-        lines = (0, 0, BLUE), (0, 1, RED), (1, 0, GREEN), (1, 1, PINK)
-        for (over, end), (name, mine, k) in zip(zip(axes[::2], axes[1::2]), parts):
-            spectrum = arrays["eval_delta"][:, mine]  # [M, R, carry, delta]
-            for c, delta, colour in lines[:4 if k else 2]:  # no carry enters the units
-                label = f"P(n{' + 1' * delta} | carry {c})"
-                common.band(over, x, spectrum[:, :, c, delta], label, colour)
-            for c in range(2 if k else 1):
-                place = np.arange(flags.base) + .4 * c - .2 * bool(k)
-                common.bars(end, place, spectrum[-1, :, c], f"carry {c}", (BLUE, RED)[c], .4)
-            over.set(**STEPS, title=f"{name}: over training")
-            end.set(xlabel="delta = (answer - n) mod base", xticks=range(flags.base),
-                    title=f"{name}: at the end")
-            for ax in (over, end):
-                ax.set(ylim=(0, 1.02), ylabel="mean probability")
-                common.shelf(ax, 1 / flags.base, "chance, 1/base")
-                ax.legend(fontsize=7)
+        title = "Where the answer lies: its distance from the naive digit n = (a_k + b_k) mod base"
+        figure, parts = panels_by_configuration(arrays, flags, title, 1)
+        for name, mine, k, (ax,) in parts:
+            delta = arrays["eval_delta"][:, mine]  # [M, R, carry, delta]
+            terms = {f"P(n + {d} | carry {c})": delta[:, :, c, d]
+                     for c in range(2 if k else 1) for d in (0, 1)}  # no carry enters the units
+            lines(ax, arrays["eval_step"], terms, name, "mean probability")
+            common.shelf(ax, 1 / flags.base, "chance, 1/base")
         return figure
 
     def draw_decomposition(arrays, flags):
-        parts, x = list(configurations(arrays, 4)), np.maximum(arrays["eval_step"], .7)
-        figure, axes = common.panels(len(parts), "What the loss consists of", flags)
-        for ax, (name, mine, k) in zip(axes, parts):
+        figure, parts = panels_by_configuration(arrays, flags, "What the loss consists of", 1)
+        for name, mine, k, (ax,) in parts:
             loss, pair, alias = (arrays[f"eval_{key}"][:, mine] for key in ("loss", "pair", "alias"))
-            common.band(ax, x, loss, "loss", BLUE)
             if k:
-                common.band(ax, x, pair, "column: -ln(P(n) + P(n + 1))", RED)
-                common.band(ax, x, loss - pair, "carry: the rest", GREEN)
-            for i, m in enumerate(divisors(flags.base)[1:4] if k == 0 else []):
-                level = math.log(flags.base / m)
-                label, colour = f"of it, for n given n mod {m}", (RED, GREEN, PINK)[i]
-                common.band(ax, x, loss - alias[..., i + 1], label, colour)
-                common.shelf(ax, level, f"only n mod {m}: {level:.4g}", side="left")
+                terms = {"column: -ln(P(n) + P(n + 1))": pair, "carry: the rest": loss - pair}
+            else:
+                terms = {f"of it, for n given n mod {m}": loss - alias[..., i]
+                         for i, m in enumerate(divisors(flags.base)) if i}
+            lines(ax, arrays["eval_step"], {"loss": loss} | terms, name, "nats on the evaluation set")
             shelves(ax, flags, k)
-            ax.set(**STEPS, ylabel="nats on the evaluation set", title=name)
-            ax.legend(fontsize=7, loc="center left")
         return figure
 
 
 class Theory(common.Study):
     """What can be known: every exact shelf, for any --base and --digits?
 
-    arrays: carry_probability [D+1]; floor [D+1, D+2] (digit, columns seen); teacher_floor [D+1], own
-    column, the column above and the answers before; one_wide_reached [], a loss that a residual stream
-    of one number can have on the units."""
+    arrays: carry_probability [D+1]; floor [D+1, D+2] (digit, columns seen); teacher_floor [D+1]."""
 
     def compute(flags, folder):
         base, D = flags.base, flags.digits
-        chance, floor = [carry_probability(base, k) for k in range(D + 1)], floors(base, D)
-        common.tell(f"base {base}, {D} digits; loss in nats of digit k by columns seen")
-        for k, levels in enumerate(floor):
-            seen = "  ".join(f"{x:.7f}" for x in levels if np.isfinite(x))
-            common.tell(f"  {digit_name(flags, k):14} P(carry in) {chance[k]:.6f}   {seen}")
-        return {"carry_probability": chance, "floor": floor,
-                "one_wide_reached": Theory.one_wide_reached(base),
+        floor = floors(base, D)
+        common.tell(f"loss in nats by digit (from the units up) and columns seen:\n{floor.round(7)}")
+        return {"carry_probability": [carry_probability(base, k) for k in range(D + 1)], "floor": floor,
                 "teacher_floor": [teacher_floor(base, k) for k in range(D)] + [math.nan]}
-
-    def one_wide_reached(base, scale=1e6):
-        """Loss of the units that a construction reaches with logits x u, one number x per answer. Half
-        of the digits have positive u, half negative, with gaps that grow by `scale` from digit to digit;
-        with x between two scales the k digits beyond the gap tie and all others are excluded: log k
-        nats. Not a bound."""
-        losses = []
-        for m in (base - base // 2, base // 2):
-            gaps = scale ** np.arange(m, dtype=float)  # below the first, second, .. digit of this side
-            u = np.append(0, -np.cumsum(gaps))  # the last: everything else
-            for k in range(m):
-                z = u / gaps[k] * math.sqrt(scale)
-                losses.append(np.log(np.exp(z - z.max()).sum()) + z.max() - z[k])
-        return float(np.mean(losses))
 
     def claims(arrays, say):
         say("tens-at-log2", "the shelf of tens that know no carry is log 2, to 1e-4",
             NOTES + "8/1: yep to log2. a little higher actually", float(arrays["floor"][1, 1]),
             "in", (math.log(2) - 1e-4, math.log(2) + 1e-4))
-        say("one-wide-can",
-            "a 1/1 model's logits can be better than log 10 (by construction, not by learning)",
-            NOTES + "1/1: does not descend from log10 in 50k", float(arrays["one_wide_reached"]), "<",
-            math.log(10))
 
     def draw_floors(arrays, flags):
         title = f"What can be known: base {flags.base}, {flags.digits} digits (exact)"
-        figure, (left, right) = common.panels(2, title, flags)
+        figure, (ax,) = common.panels(1, title, flags, size=(8, 5))
         for k, levels in enumerate(arrays["floor"]):
             seen = np.flatnonzero(levels > 0)
-            x = seen + .04 * (k - flags.digits / 2)  # else equal lines hide each other
-            left.plot(x, levels[seen], "o-", color=common.COLOURS[k % 8], ms=3, lw=.8,
-                      label=digit_name(flags, k))
-        left.set(yscale="log", xlabel="columns seen, from the own one down (lines are set apart)",
-                 ylabel="Bayes-optimal loss (nats)", xticks=range(flags.digits + 1))
-        right.plot(arrays["carry_probability"], "o-", color=BLUE)
-        right.set(xlabel="column k", ylabel="P(carry into k) = (1 - base^-k) / 2", ylim=(0, .55))
-        common.shelf(right, .5, "limit")
-        left.legend(fontsize=7)
+            x = seen + .04 * k  # else equal lines hide each other
+            ax.plot(x, levels[seen], "o-", color=common.COLOURS[k % 8], label=digit_name(flags, k))
+        ax.set(xlabel="columns seen, from the own one down (lines are set apart)", yscale="log",
+               ylabel="Bayes-optimal loss (nats)")
+        ax.legend(fontsize=7)
         return figure
 
 
 class All(common.Study):
     """All digits at once: which is learned when, and does teacher forcing leak?
 
-    arrays: step, loss, grad_norm, eval_step, eval_* as in `curves`; eval_digit_loss, eval_digit_accuracy
-    [M, R, D+1] from the units up; ablation [R, parts, D+1], the rise of each digit's loss without a
-    head, or the MLP."""
+    arrays: as in `curves`; eval_digit_loss, eval_digit_accuracy [M, R, D+1] from the units up."""
     defaults = dict(sweep=["answer=teacher,parallel"], batch=64)
     smoke = SMOKE
 
     def compute(flags, folder):
-        trained = train(flags, folder, step_of=lambda run: step_of(run, All.loss),
-                        evaluate_of=All.evaluate_of,
-                        start=lambda run: start(run, positions=3 * run.digits + 2),
-                        final=lambda runs, metrics: {"accuracy": metrics["eval_accuracy"][-1]})
-        runs = [(run, common.run_of(t.state["params"], i))
-                for t in trained for i, run in enumerate(t.runs)]
-        names = np.array([f"{run.answer} {run.d_model}/{run.n_heads}" for run, _ in runs])
-        return common.side_by_side(trained) | {
-            "config": names,
-            "digit": np.zeros(len(runs), int),
-            "ablation": np.stack([All.ablation(*run) for run in runs]),
-        }
+        begin = lambda run: start(run, positions=3 * run.digits + 2)
+        trained = train(flags, folder, begin, lambda run: step_of(run, All.loss), All.evaluate_of)
+        names = [f"{run.answer} {run.d_model}/{run.n_heads}" for t in trained for run in t.runs]
+        return side_by_side(trained) | {"config": names, "digit": [0] * len(names)}
 
     def answers(flags, ab):
         """Digits of the sum [B, D+1] in reading order, and what is fed after `=` [B, D]: the true ones,
@@ -596,20 +561,15 @@ class All(common.Study):
         return total, fed if flags.answer == "teacher" else torch.full_like(fed, flags.base + 1)
 
     def logits(flags, params, ab, patch=unchanged):
-        """Logits [B, D+1, vocab] at `=` and the digits after it: those of `forward`, which multiplies
-        every token by W_Q, W_K and W_V where here each kind of token and each position is multiplied
-        once."""
+        """Logits [B, D+1, vocab] at `=` and after it: those of `forward`, but each kind of token and
+        each position is multiplied by W_Q, W_K and W_V once."""
         tokens = torch.cat([tokens_of(flags, ab), All.answers(flags, ab)[1]], 1)
-        first, T, d_head = 2 * flags.digits + 1, tokens.shape[1], flags.d_model // flags.n_heads
+        first = 2 * flags.digits + 1
         kind = (tokens[..., None] == torch.arange(flags.vocab, device=ab.device)).to(params["W_E"].dtype)
-
         def looked_up(W, start=0):
             x = kind[:, start:] @ (params["W_E"] @ params[W]) + params["W_pos"][start:] @ params[W]
-            return x.unflatten(-1, (flags.n_heads, d_head)).transpose(1, 2)
-        future = torch.ones(T, T, dtype=torch.bool, device=ab.device).triu(1)[first:]
-        scores = looked_up("W_Q", first) @ looked_up("W_K").transpose(-1, -2) / math.sqrt(d_head)
-        attention = scores.masked_fill(future, -math.inf).softmax(-1)
-        mixed = patch("heads", attention @ looked_up("W_V")).transpose(1, 2).flatten(2)
+            return x.unflatten(-1, (flags.n_heads, -1)).transpose(1, 2)
+        mixed = attention(looked_up("W_Q", first), looked_up("W_K"), looked_up("W_V"), patch)
         x = kind[:, first:] @ params["W_E"] + params["W_pos"][first:]
         return mlp(params, x + mixed @ params["W_O"], patch) @ params["W_U"]
 
@@ -619,19 +579,12 @@ class All(common.Study):
     def evaluate_of(flags):
         ab = evaluation_set(flags, 2048)
         total = All.answers(flags, ab)[0]
-
         def evaluate(params, number):
             logits = All.logits(flags, params, ab)
             loss, right = nll(logits, total), (logits.argmax(-1) == total).float()
             return {"loss": loss.mean(), "accuracy": right.mean(), "digit_loss": loss.mean(0).flip(0),
                     "digit_accuracy": right.mean(0).flip(0)}
         return evaluate
-
-    def ablation(flags, params):
-        ab = evaluation_set(flags, 2048).cpu()
-        total = All.answers(flags, ab)[0]
-        loss = lambda patch: nll(All.logits(flags, params, ab, patch), total).mean(0).flip(0)
-        return torch.stack([loss(patch) for patch in part_ablations(flags.n_heads, 3)]) - loss(unchanged)
 
     def claims(arrays, say):
         loss, teacher = arrays["eval_digit_loss"], np.char.startswith(arrays["config"], "teacher")
@@ -652,84 +605,68 @@ class All(common.Study):
             leak[teacher] - leak[~teacher], "<", -0.05)
 
     def draw_digits(arrays, flags):
-        parts, x = list(configurations(arrays, 2)), np.maximum(arrays["eval_step"], .7)
-        figure, axes = common.panels(len(parts), "All digits at once: which is learned when?", flags)
-        for ax, (name, mine, _) in zip(axes, parts):
-            for k in range(flags.digits + 1):
-                y = arrays["eval_digit_loss"][:, mine, k]
-                common.band(ax, x, y, digit_name(flags, k), common.COLOURS[k % 8])
-            common.shelf(ax, math.log(flags.base), "sees nothing", side="left")
-            own_column = floors(flags.base, flags.digits)[1, 1]
-            common.shelf(ax, own_column, "tens: own column, no carry", side="left")
-            if "teacher" in name:
-                level = teacher_floor(flags.base, 1)
-                common.shelf(ax, level, "tens: own column, column above, earlier answers")
-            ax.set(**STEPS, yscale="log", ylim=(1e-5, 8), ylabel="loss (nats)", title=name)
-            ax.legend(fontsize=6.5, loc="lower left")
+        title = "All digits at once: which is learned when? (dashed: levels of the tens)"
+        figure, parts = panels_by_configuration(arrays, flags, title, 1)
+        for name, mine, _, (ax,) in parts:
+            loss = {digit_name(flags, k): arrays["eval_digit_loss"][:, mine, k]
+                    for k in range(flags.digits + 1)}
+            lines(ax, arrays["eval_step"], loss, name, "loss (nats)", yscale="log")
+            shelves(ax, flags, 1)
         return figure
 
 
 class Anatomy(common.Study):
     """How are digits added: by which heads, neurons, frequencies, and from when on?
 
-    arrays, [R, ...]: digit, config, what `measure` returns, over_step [S] and over_* [S, R, ...] of
-    `develop`."""
-    defaults = dict(sweep=["digit=0,1"], evals=2, snapshots=24)
-    smoke = dict(SMOKE, snapshots=2)
+    arrays, [R, ...]: digit, config, all of `measure`; over_step [S], over_* [S, R, ...] of `develop`."""
+    defaults = dict(sweep=["digit=0,1"], evals=24, snapshots=True)
+    smoke = SMOKE
     free = ("checkpoint", "digit", "sweep")
 
     def check(flags):
-        kind, _, index = flags.probe.partition(":")
-        most = {"neuron": 4 * flags.d_model, "head": flags.n_heads}.get(kind, 0)
-        if flags.probe != "logit" and not (index.isdigit() and int(index) < most):
-            raise common.Stop(
-                f"--probe {flags.probe}: give logit, neuron:I below {4 * flags.d_model} or "
-                f"head:I below {flags.n_heads}"
-            )
-        if len(common.groups_of_runs(flags)) > 1:
-            raise common.Stop("--study anatomy compares runs of one shape: sweep numbers, such as digit")
-
-    def stacked(rows):
-        """Dicts of arrays, one a run or a step, to one with a leading axis."""
-        rows = list(rows)
-        return {k: np.stack([np.asarray(row[k]) for row in rows]) for k in rows[0]} if rows else {}
-
-    def position_names(flags):
-        """a4 .. a0 + b4 .. b0 =, as the tokens stand."""
-        D = range(flags.digits - 1, -1, -1)
-        return [f"a{k}" for k in D] + ["+"] + [f"b{k}" for k in D] + ["="]
+        neurons = [f"neuron:{i}" for i in range(4 * flags.d_model)]
+        if flags.probe not in ["logit", *neurons, *(f"head:{i}" for i in range(flags.n_heads))]:
+            raise common.Stop(f"--probe {flags.probe}: give logit, neuron:I or head:I, "
+                              f"I below {len(neurons)} or {flags.n_heads}")
+        if not flags.mlp:
+            raise common.Stop("--no-mlp: --study anatomy looks at the neurons of the MLP")
+        one_shape(flags)
 
     def compute(flags, folder):
-        if flags.checkpoint:
-            saved = common.checkpoint_of(flags.checkpoint, common.stack([start(flags)]))
-            params, snapshots = saved["params"], {}
-            known = saved.get("runs") or [{}] * len(params["W_E"])
-            runs = [replace(flags, **{k: v for k, v in run.items() if hasattr(flags, k)})
-                    for run in known]
-        else:
-            trained, = train(flags, folder)
-            params, runs, snapshots = trained.state["params"], trained.runs, trained.snapshots
-        ab, steps = evaluation_set(flags).cpu(), snapshots.pop("step", [])
-        arrays = Anatomy.stacked(Anatomy.measure(run, common.run_of(params, i), ab)
-                                 for i, run in enumerate(runs))
-        over = [
-            Anatomy.stacked(
-                Anatomy.develop(run, {k: x[s, i] for k, x in snapshots.items()}, ab[:, :2048])
-                for i, run in enumerate(runs)
-            )
-            for s in range(len(steps))
-        ]
-        arrays |= {f"over_{k}": v for k, v in Anatomy.stacked(over).items()}
-        names = [digit_name(run, run.digit) for run in runs]
-        return arrays | {"digit": [r.digit for r in runs], "config": names, "over_step": steps}
+        trained = Anatomy.checkpoint(flags) if flags.checkpoint else train(flags, folder)[0]
+        ab, runs, steps = evaluation_set(flags).cpu(), trained.runs, trained.metrics["eval_step"]
+        def each(measure, params, ab):
+            return common.stack([measure(r, common.run_of(params, i), ab) for i, r in enumerate(runs)])
+        arrays = each(Anatomy.measure, trained.params, ab)
+        snapshots = common.tree_map(torch.tensor, trained.snapshots)
+        over = [each(Anatomy.develop, common.run_of(snapshots, s), ab[:, :2048])
+                for s in range(len(steps))]
+        if over:
+            arrays |= {f"over_{k}": x for k, x in common.stack(over).items()}
+        return arrays | {"digit": [run.digit for run in runs], "over_step": steps,
+                         "config": [digit_name(run, run.digit) for run in runs]}
+
+    def checkpoint(flags):
+        """What `train` returned when it wrote the file that --checkpoint names, but for its history."""
+        saved, wanted = common.read(Path(flags.checkpoint)), start(flags)["params"]
+        found = {k: x.shape[1:] for k, x in saved["params"].items()}
+        if found != {k: x.shape for k, x in wanted.items()} or "number" not in saved:
+            raise common.Stop(f"{flags.checkpoint} is unfinished or of another shape than these flags")
+        runs = [replace(flags, digit=int(digit)) for digit in saved["number"]["digit"]]
+        history = dict(metrics={"eval_step": []}, snapshots={})
+        return SimpleNamespace(runs=runs, params=saved["params"], **history)
+
+    def recorder(patch=unchanged):
+        """A patch that keeps what it returns by name: (patch, {name: x})."""
+        seen = {}
+        def look(name, x):
+            seen[name] = patch(name, x)
+            return seen[name]
+        return look, seen
 
     def watch(flags, params, ab, patch=unchanged):
         """(loss, logits [B, vocab], activations by name) at `=`."""
-        seen = {}
-
-        def look(name, x):
-            seen[name] = x
-            return patch(name, x)
+        look, seen = Anatomy.recorder(patch)
         logits = fast_forward(params, ab, flags.n_heads, look)
         return nll(logits, columns(ab, flags.base)[2][flags.digit]).mean(), logits, seen
 
@@ -739,83 +676,67 @@ class Anatomy(common.Study):
         1], without the neurons that depend most on column c, ablation_group [D], without attention of
         `=` to itself or the skip past the MLP, shortcuts [2]; gradient_input [positions]; exchange [3],
         root mean square of the neurons, of their change when a and b change places, and between
-        unrelated examples; place_similarity; dependence_mean [3D], neuron_dependence weighted by
-        variance; what `fourier` returns."""
-        full, _, seen = Anatomy.watch(flags, params, ab)
+        unrelated examples; neuron_dependence [neurons, 3D], the correlation ratio on the 2D digits, then
+        on columns D-1 .. 0; dependence_mean [3D], weighted by variance; place_similarity; `fourier`."""
         loss = lambda patch: Anatomy.watch(flags, params, ab, patch)[0]
-        score, fixed, _ = attend(params, ab, flags.n_heads)
-        token_score, place_score, token_value, place_value = tables(params, flags.n_heads)
-        value, D = (token_value[-1] + place_value[-1]).view(flags.n_heads, -1), flags.digits
-        excess = (fixed[:, 1].mean(1, keepdim=True) - fixed[:, 1]).T[:, :, None] * value
-        shortcuts = [lambda name, x: x + excess if name == "heads" else x,
-                     lambda name, x: averaged(x, torch.tensor(False)) if name == "skip" else x]
-        weights = torch.cat([score[:, :D], fixed[:, :1], score[:, D:], fixed[:, 1:]], 1)
-        found = {"attention": weights.mean(-1), "scores": place_score[:, :, None] + token_score[:, None],
-                 "ablation": torch.stack([loss(p) for p in part_ablations(flags.n_heads, 2)]) - full,
-                 "shortcuts": torch.stack([loss(p) for p in shortcuts]) - full,
-                 "gradient_input": Anatomy.gradient_input(flags, params, ab[:, :1024]),
-                 "place_similarity": Anatomy.place_similarity(flags, params),
-                 **Anatomy.fourier(flags, params)}
-        if "neurons" not in seen:
-            return found
-        neurons = seen["neurons"]
-        depends = Anatomy.neuron_dependence(flags, neurons, ab)
+        neurons_of = lambda ab: Anatomy.watch(flags, params, ab)[2]["neurons"]
+        D = flags.digits
+        look, seen = Anatomy.recorder()
+        forward(params, tokens_of(flags, ab), flags.n_heads, 2 * D + 1, look)
+        weights = seen["attention"][:, :, 0]  # [B, heads, positions]
+        token_score, place_score, *_ = tables(params, flags.n_heads)
+        value = ((params["W_E"][-1] + params["W_pos"][-1]) @ params["W_V"]).view(flags.n_heads, -1)
+        itself = weights[..., -1]
+        excess = (itself.mean(0) - itself)[..., None] * value  # [B, heads, d_head]
+        constant = lambda name, x: x + excess if name == "heads" else x
+        neurons = neurons_of(ab)
+        a, b = ab.split(D)
+        inputs = torch.cat([ab, a * flags.base + b])
+        depends = torch.stack([Anatomy.correlation_ratio(neurons, x) for x in inputs], -1)
         group = depends[:, -D:].flip(1).argmax(1)  # the column that a neuron depends on most
-        without = [loss(lambda name, x, c=c: averaged(x, group != c) if name == "neurons" else x)
-                   for c in range(D)]
-        exchanged = Anatomy.watch(flags, params, ab.roll(D, 0))[2]["neurons"]
-        size = lambda x: x.square().mean().sqrt()
-        sizes = [size(neurons), size(exchanged - neurons), size(neurons.roll(1, 0) - neurons)]
-        weight = neurons.var(0) / neurons.var(0).sum()
-        return found | {"neuron_dependence": depends, "dependence_mean": weight @ depends,
-                        "ablation_group": torch.stack(without) - full, "exchange": torch.stack(sizes)}
+        changes = [neurons, neurons_of(ab.roll(D, 0)) - neurons, neurons.roll(1, 0) - neurons]
+        variance = neurons.var(0).float()
+        return {"attention": weights.mean(0), "scores": place_score[:, :, None] + token_score[:, None],
+                "ablation": rise(loss, part_ablations(flags)),
+                "ablation_group": rise(loss, [ablated("neurons", group == c) for c in range(D)]),
+                "shortcuts": rise(loss, [constant, ablated("skip")]),
+                "gradient_input": Anatomy.gradient_input(flags, params, ab[:, :1024]),
+                "exchange": torch.stack([x.square().mean().sqrt() for x in changes]),
+                "place_similarity": Anatomy.place_similarity(flags, params),
+                "neuron_dependence": depends, "dependence_mean": variance / variance.sum() @ depends,
+                **Anatomy.fourier(flags, params)}
 
     def develop(flags, params, ab):
         """What is followed over training: full_loss, restricted_loss, excluded_loss, ablation."""
-        parts = [Anatomy.watch(flags, params, ab, patch)[0]
-                 for patch in part_ablations(flags.n_heads, 2)]
-        found = {k: v for k, v in Anatomy.fourier(flags, params).items() if k.endswith("_loss")}
-        return found | {"ablation": torch.stack(parts) - Anatomy.watch(flags, params, ab)[0]}
+        loss = lambda patch: Anatomy.watch(flags, params, ab, patch)[0]
+        found = {k: x for k, x in Anatomy.fourier(flags, params).items() if k.endswith("_loss")}
+        return found | {"ablation": rise(loss, part_ablations(flags))}
 
     def correlation_ratio(m, classes):
-        """Share of Var(m) that a class label explains, Var(E[m | class]) / Var(m), for m [B, ...],
-        labels [B]: [...]. Bias-corrected (Kelley's epsilon squared): 0 in expectation where m does not
-        depend on the label."""
+        """Share of Var(m) that a class label explains, for m [B, ...], labels [B]: [...], Kelley's
+        epsilon squared, which is 0 in expectation where m does not depend on the label."""
         m = (m - m.mean(0)).double()
-        labels, index = classes.unique(return_inverse=True)
-        count = torch.bincount(index).view(-1, *[1] * (m.ndim - 1))
-        sums = torch.zeros(len(labels), *m.shape[1:], dtype=m.dtype).index_add_(0, index, m)
-        total = (m ** 2).sum(0)
-        within = (total - (sums ** 2 / count).sum(0)) / (len(m) - len(labels))
-        share = 1 - within / (total / (len(m) - 1)).clamp(min=1e-300)
-        return torch.where(total > 0, share, 0.).float()
-
-    def neuron_dependence(flags, neurons, ab):
-        """Correlation ratio of every neuron [neurons, 3D] on the 2D digits in reading order, then on the
-        columns D-1 .. 0 (the pair a_k, b_k)."""
-        a, b = ab.split(flags.digits)
-        inputs = (*ab, *(a * flags.base + b))
-        return torch.stack([Anatomy.correlation_ratio(neurons, x) for x in inputs], -1)
+        groups = [m[classes == c] for c in classes.unique()]
+        within = sum((x - x.mean(0)).square().sum(0) for x in groups)
+        rest = within / (len(m) - len(groups)) / m.var(0)
+        return (1 - rest).nan_to_num(0).float()  # 0 / 0: m is constant
 
     def gradient_input(flags, params, ab):
-        """Mean |gradient times embedding| of --probe at each position: `logit` (of the right digit),
-        `neuron:i`, or `head:i` (the norm of its output)."""
+        """Mean |gradient times embedding| by position, of --probe (a head: its output's norm)."""
         kind, _, index = flags.probe.partition(":")
         tokens, labels = tokens_of(flags, ab), columns(ab, flags.base)[2][flags.digit]
-        embedding, seen = params["W_E"][tokens] + params["W_pos"], {}
-
-        def quantity(x):
-            def patch(name, value):
-                seen[name] = x if name == "embedding" else value
-                return seen[name]
-            logits = forward(params, tokens, flags.n_heads, 2 * flags.digits + 1, patch)[:, 0]
-            if kind == "logit":
-                return logits.gather(1, labels[:, None]).sum()
-            i = int(index)
+        def quantity(places):
+            look, seen = Anatomy.recorder()
+            last = 2 * flags.digits + 1
+            logits = forward(params | {"W_pos": places}, tokens, flags.n_heads, last, look)
             if kind == "neuron":
-                return seen["neurons"][..., i].sum()
-            return seen["heads"][:, i].norm(dim=-1).sum()
-        return (torch.func.grad(quantity)(embedding) * embedding).sum(-1).abs().mean(0)
+                return seen["neurons"][..., int(index)].sum()
+            if kind == "head":
+                return seen["heads"][:, int(index)].norm(dim=-1).sum()
+            return logits[:, 0].gather(1, labels[:, None]).sum()
+        places = params["W_pos"].expand(len(tokens), -1, -1)  # its gradient is that of the embedding
+        embedding = params["W_E"][tokens] + places
+        return (torch.func.grad(quantity)(places) * embedding).sum(-1).abs().mean(0)
 
     def fourier(flags, params, contexts=64):
         """The own column in the Fourier basis of Z_base x Z_base (Nanda et al. 2023), frequencies w = 1
@@ -824,80 +745,75 @@ class Anatomy(common.Study):
         excluded_loss [w] removes the diagonal frequency w; embedding_spectrum [w] is |W_E|^2,
         normalised; neuron_r2 [neurons, w]: share of a neuron's variance over (a, b) (mean over contexts)
         in the nine terms {1, cos, sin}(a) x {1, cos, sin}(b) of w, the constant apart; neuron_active
-        [neurons]: share of inputs with m > 0; term_energy [2, w, 4]: power in the terms of a, b, a + b,
-        a - b, for neurons (before) and logits (after W_out W_U)."""
-        k, D, base = min(flags.digit, flags.digits - 1), flags.digits, flags.base
+        [neurons]: share of m > 0; term_energy [2, w, 4]: `terms` of neurons, and of logits."""
+        D, base = flags.digits, flags.base
+        k = min(flags.digit, D - 1)
         ab = torch.randint(base, (2 * D, contexts), generator=common.generator(1, "eval"))
         ab = ab.repeat(1, base ** 2)
         cell = torch.arange(base ** 2).repeat_interleave(contexts)
         ab[D - 1 - k], ab[2 * D - 1 - k] = cell // base, cell % base
         full, logits, seen = Anatomy.watch(flags, params, ab)
         grid = lambda x: x.unflatten(0, (base, base, -1))  # [a, b, contexts, ...]
-        logits, labels = grid(logits), grid(columns(ab, base)[2][flags.digit])
-        power, w = torch.fft.fft2(logits, dim=(0, 1)), torch.arange(1, base // 2 + 1)
-        diagonal = torch.zeros(len(w), base, base, dtype=torch.bool)
-        diagonal[w - 1, w, w] = diagonal[w - 1, -w % base, -w % base] = True
-        keep = diagonal.any(0)
-        keep[0, 0] = True
-        back = lambda x: torch.fft.ifft2(x, dim=(0, 1)).real
-        loss = lambda mask: nll(back(power * mask[..., None, None]), labels).mean()
+        logits, neurons = grid(logits), grid(seen["neurons"])
+        labels = grid(columns(ab, base)[2][flags.digit])
+        # masks over frequencies: of one variable [w, base], of both [w, base, base]
+        w, f = torch.arange(1, base // 2 + 1), torch.arange(base)
+        own = (f == w[:, None]) | (f == base - w[:, None])
+        diagonal = torch.diag_embed(own)
+        either = own | (f == 0)
+        nine = either[:, :, None] & either[:, None]
+        power = torch.fft.fft2(logits, dim=(0, 1))
+        kept = lambda mask: torch.fft.ifft2(power * mask[..., None, None], dim=(0, 1)).real
+        loss = lambda mask: nll(kept(mask), labels).mean()
+        sums = diagonal.any(0)
+        sums[0, 0] = True
         spectrum = torch.fft.fft(params["W_E"][:base], dim=0).abs().square().sum(1)
-        spectrum = torch.where(2 * w == base, spectrum[w], spectrum[w] + spectrum[-w % base])
-        energy = lambda x: torch.fft.fft2(x, dim=(0, 1)).abs().square()  # [a freq, b freq, ...]
-        after = before = energy(logits.mean(2)).sum(-1)
-        found = {"restricted_loss": loss(keep),
-                 "excluded_loss": torch.stack([loss(~d) for d in diagonal]), "full_loss": full,
-                 "embedding_spectrum": spectrum / spectrum.sum()}
-        if "neurons" in seen:
-            neurons = grid(seen["neurons"])
-            each = energy(neurons.mean(2))
-            total, before, nine = each.sum((0, 1)) - each[0, 0], each.sum(-1), []
-            for f in w.tolist():
-                terms = torch.tensor(sorted({0, f, base - f}))
-                nine.append(each[terms][:, terms].sum((0, 1)) - each[0, 0])
-            found["neuron_r2"] = torch.where(total > 1e-12, torch.stack(nine) / total, 0.).T
-            found["neuron_active"] = (neurons > 0).float().mean((0, 1, 2))
-        return found | {"term_energy": torch.stack([Anatomy.terms(before, w), Anatomy.terms(after, w)])}
+        spectrum = (own * spectrum).sum(1)
+        energy = lambda x: torch.fft.fft2(x.mean(2), dim=(0, 1)).abs().square()  # [a freq, b freq, ...]
+        each, after = energy(neurons), energy(logits).sum(-1)
+        each[0, 0] = 0  # a neuron's mean
+        inside, total = torch.einsum("wab,abn->wn", nine.to(each.dtype), each), each.sum((0, 1))
+        return {"full_loss": full, "restricted_loss": loss(sums),
+                "excluded_loss": torch.stack([loss(~mask) for mask in diagonal]),
+                "embedding_spectrum": spectrum / spectrum.sum(),
+                "neuron_r2": torch.where(total > 1e-12, inside / total, 0.).T,
+                "neuron_active": (neurons > 0).float().mean((0, 1, 2)),
+                "term_energy": torch.stack([Anatomy.terms(x, w) for x in (each.sum(-1), after)])}
 
     def terms(energy, w):
-        """Power [w, 4] of the 2-D spectrum [a freq, b freq] of a real function in the terms of a, b, a +
-        b and a - b, normalised to sum one. At w = base/2 the last two are the same function: it counts
-        as a + b."""
-        half = 2 * w == len(energy)
-        minus = energy[w, -w % len(energy)].masked_fill(half, 0)
-        power = torch.stack([energy[w, 0], energy[0, w], energy[w, w], minus], -1)
-        power = power * (2 - half.to(energy.dtype))[:, None]  # w and -w
+        """Power [w, 4] of a spectrum [a freq, b freq] in the terms of a, b, a + b and a - b, normalised
+        to sum one. At w = base/2 the last two are the same function: it counts as a + b."""
+        other = (2 * w < len(energy)).to(energy.dtype)  # -w is another frequency
+        power = torch.stack([energy[w, 0], energy[0, w], energy[w, w], other * energy[w, -w]], -1)
+        power = power * (1 + other[:, None])
         return power / power.sum().clamp(min=1e-30)
 
     def place_similarity(flags, params, draws=1000):
-        """Are the position vectors of a_k and b_k alike? cosine and |x-y|^2 / (|x| |y|) per column from
-        the units up, and their 1 %, 50 % and 99 % quantiles when the coordinates of y are permuted at
-        random: [D, 2, 4]."""
+        """Cosine and |x-y|^2 / (|x| |y|) of the position vectors of a_k and b_k from the units up, and
+        their 1 %, 50 % and 99 % quantiles when coordinates of y are permuted at random: [D, 2, 4]."""
         D, x, g = flags.digits, params["W_pos"], common.generator(0, "law")
         a, b = x[:D].flip(0), x[D + 1:2 * D + 1].flip(0)
-        shuffle = torch.stack([torch.randperm(x.shape[1], generator=g) for _ in range(draws)])
         size = a.norm(dim=1) * b.norm(dim=1)
-        both = lambda y: torch.stack([(a * y).sum(-1) / size, (a - y).square().sum(-1) / size], -1)
-        levels = torch.tensor([.01, .5, .99], dtype=x.dtype)
-        null = both(b[:, shuffle].transpose(0, 1)).quantile(levels, 0)  # [3, D, 2]
-        return torch.cat([both(b)[None], null]).permute(1, 2, 0)
+        both = lambda y: torch.stack([(a * y).sum(1), (a - y).square().sum(1)]) / size  # [2, D]
+        null = [both(b[:, torch.randperm(x.shape[1], generator=g)]) for _ in range(draws)]
+        levels = torch.stack(null).quantile(torch.tensor([.01, .5, .99]).to(x), 0)
+        return torch.cat([both(b)[None], levels]).permute(2, 1, 0)
 
     def claims(arrays, say):
         nanda = "Nanda et al. 2023, quoted in the " + NOTES
         for name, mine, k in configurations(arrays, 4):
             of = lambda key: arrays[key][mine]
             solved = of("full_loss") < .05  # a circuit is read off a model that has one
-
             def judge(id, statement, source, values, *rule):
-                values = np.where(solved, values, np.nan)
-                say(f"{id}-{name}", f"{name}: {statement}", source, values, *rule)
+                known = np.where(solved, values, np.nan)
+                say(f"{id}-{name}", f"{name}: {statement}", source, known, *rule)
             itself, skip = of("shortcuts").T
             judge("self-attention", "attention of `=` to itself is negligible (mean ablation, nats)",
                   nanda + "Attention from position 2 to itself is negligible", itself, "<", .01)
             judge("skip", "the skip past the MLP acts as a bias (mean ablation, nats)",
                   nanda + "the skip connection just acts as a bias term", skip, "<", .01)
-            column = min(k, arrays["place_similarity"].shape[1] - 1)
-            cosine, _, _, null = of("place_similarity")[:, column, 0].T
+            places = of("place_similarity")[:, :, 0]
+            cosine, _, _, null = places[:, min(k, places.shape[1] - 1)].T
             judge("same-places", "the position vectors of a_k and b_k are the same (cosine)",
                   nanda + "Position embeddings in position 0 and 1 are the same", cosine, ">", .9)
             judge("alike-places",
@@ -906,16 +822,14 @@ class Anatomy(common.Study):
             top = np.sort(of("embedding_spectrum"), 1)[:, -2:].sum(1)
             judge("sparse-embedding", "W_E is sparse in the Fourier basis (share of two frequencies)",
                   nanda + "the embedding matrix being sparse", top, ">", .8)
-            if "neuron_r2" not in arrays:
-                continue
             judge("nine-terms", "nine terms of one frequency give most of a neuron (median R^2)",
                   nanda + "well approximated by a linear combination of those 9 terms",
                   np.median(of("neuron_r2").max(-1), 1), ">", .85)
             before, after = of("term_energy").sum(2)[..., 2].T
             judge("cancels",
                   f"W_out W_U leave the terms of a + b (share of power; {np.median(before):.0%} before)",
-                  nanda + "cancel out all directions other than cos(w(x+y)), sin(w(x+y))", after, ">",
-                  0.9)
+                  nanda + "cancel out all directions other than cos(w(x+y)), sin(w(x+y))",
+                  after, ">", .9)
             size, swapped, unrelated = of("exchange").T
             judge("symmetric-neurons",
                   f"neurons hardly change when a and b change places (over the change of unrelated "
@@ -923,98 +837,65 @@ class Anatomy(common.Study):
                   NOTES + "isn't quite convincing without absolute values of activations",
                   swapped / unrelated, "<", 0.25)
 
+    def positions(flags):
+        """a4 .. a0 and b4 .. b0, as the tokens stand."""
+        return [[f"{operand}{k}" for k in reversed(range(flags.digits))] for operand in "ab"]
+
     def draw_attention(arrays, flags):
-        parts, names = list(configurations(arrays, 2)), Anatomy.position_names(flags)
-        figure, axes = common.panels(
-            2 * len(parts),
-            "Attention of `=`: mean weight, and the exact score of every token at every position",
-            flags,
-        )
-        tokens = [format(t, "x") for t in range(flags.base)] + ["+", "="]
-        for (left, right), (name, mine, k) in zip(zip(axes[::2], axes[1::2]), parts):
+        title = "Attention of `=`, first run: mean weight, exact score of every token at every position"
+        figure, parts = panels_by_configuration(arrays, flags, title, 2)
+        a, b = Anatomy.positions(flags)
+        for name, mine, k, (left, right) in parts:
             weights = arrays["attention"][mine][0]
-            head = int(weights[:, flags.digits - 1 - min(k, flags.digits - 1)].argmax())
-            scores = arrays["scores"][mine][0, head]
-            common.image(left, weights, f"{name}: mean attention, first run", figure, "position", "head",
-                         (0, 1))
-            left.set(yticks=range(min(len(weights), 16)))
-            common.image(right, (scores - scores.mean()).T,
-                         f"{name}: scores of head {head}, their mean removed", figure, "position",
-                         "token")
-            right.set(yticks=range(flags.vocab), yticklabels=tokens)
-            for ax in (left, right):
-                ax.set(xticks=range(len(names)), xticklabels=names)
-                ax.tick_params(labelsize=7)
+            head = int(weights[:, max(flags.digits - 1 - k, 0)].argmax())
+            scores, title = arrays["scores"][mine][0, head].T, f"{name}: scores of head {head}, centred"
+            common.image(left, weights, f"{name}: mean attention", figure, ylabel="head", limits=(0, 1))
+            left.set_yticks(range(flags.n_heads))
+            common.image(right, scores - scores.mean(), title, figure, ylabel="token (last: + and =)")
+            for ax in left, right:
+                name_ticks(ax, [*a, "+", *b, "="])
         return figure
 
     def draw_dependence(arrays, flags):
-        D, parts = flags.digits, list(configurations(arrays, 2))
-        figure, axes = common.panels(
-            2 * len(parts), "Which inputs matter to the neurons, and which parts to the answer", flags
-        )
-        places = [n for n in Anatomy.position_names(flags) if n not in "+="]
-        inputs = places + [f"column {k}" for k in range(D - 1, -1, -1)]
+        title = "Which inputs matter to the neurons, and which parts to the answer"
+        figure, parts = panels_by_configuration(arrays, flags, title, 2)
+        columns = [f"column {k}" for k in range(flags.digits)]
+        inputs = sum(Anatomy.positions(flags), []) + columns[::-1]
         model = [f"head {h}" for h in range(flags.n_heads)] + ["MLP", "= to itself", "skip past MLP"]
-        keys = ["ablation", "shortcuts"] + ["ablation_group"] * ("ablation_group" in arrays)
-        model += [f"column-{c} neurons" for c in range(D)] * ("ablation_group" in arrays)
-        for (left, right), (name, mine, k) in zip(zip(axes[::2], axes[1::2]), parts):
-            if "dependence_mean" in arrays:
-                common.bars(left, np.arange(3 * D), arrays["dependence_mean"][mine], "all neurons", BLUE)
-            change = np.concatenate([arrays[key][mine] for key in keys], 1)
-            common.bars(right, np.arange(len(model)), change, "mean ablation", GREEN)
-            left.set(ylabel="share of neurons' variance", title=f"{name}: correlation ratio")
-            right.set(ylabel="increase of the loss (nats)", title=f"{name}: what the answer needs")
+        model += [f"{c} neurons" for c in columns]
+        for name, mine, k, (left, right) in parts:
+            depends = {"all neurons": arrays["dependence_mean"][mine]}
+            bars(left, inputs, depends, f"{name}: correlation ratio", "share of neurons' variance")
+            keys = "ablation", "shortcuts", "ablation_group"
+            change = {"mean ablation": np.hstack([arrays[key][mine] for key in keys])}
             right.set_yscale("symlog", linthresh=1e-3)
-            common.shelf(right, floors(flags.base, D)[k, 0], "loss that sees nothing", side="left")
-            for ax, labels in (left, inputs), (right, model):
-                ax.set_xticks(range(len(labels)), labels, rotation=90, fontsize=6)
-                ax.legend(fontsize=7)
+            bars(right, model, change, f"{name}: what the answer needs", "increase of the loss (nats)")
         return figure
 
     def draw_fourier(arrays, flags):
-        name, mine, _ = next(configurations(arrays, 1))
-        w, of = np.arange(1, flags.base // 2 + 1), lambda key: arrays[key][mine]
-        figure, (a, b, c, d) = common.panels(4, f"{name}: the column in the Fourier basis", flags)
-        common.bars(a, w - .2, of("embedding_spectrum"), "W_E", BLUE, .4)
-        common.bars(a, w + .2, of("term_energy")[:, 1, :, 2], "logits, terms of a+b", RED, .4)
-        a.set(xlabel="frequency", ylabel="share of power", xticks=w, title="Which frequencies are used")
-        common.bars(b, w, of("excluded_loss"), "one frequency of a+b removed", BLUE)
-        common.shelf(b, np.median(of("full_loss")), "full loss (median)")
-        common.shelf(b, np.median(of("restricted_loss")), "functions of a+b alone (median)", RED, "left")
-        b.set(xlabel="frequency removed from the logits", ylabel="loss (nats)", xticks=w, yscale="log",
-              title="Which are needed")
-        for i, label, colour in (0, "neurons", BLUE), (1, "logits, after W_out W_U", RED):
-            common.bars(c, np.arange(4) + .4 * i - .2, of("term_energy")[:, i].sum(1), label, colour, .4)
-        c.set(ylabel="share of power", title="What W_out W_U cancel")
-        c.set_xticks(range(4), ["of a", "of b", "of a+b", "of a-b"])
-        if "neuron_r2" in arrays:
-            active = (of("neuron_active") > .99).mean()
-            d.hist(of("neuron_r2").max(-1).ravel(), np.linspace(0, 1, 41), color=GREEN)
-            d.set(xlabel="R^2 of the nine terms of the best frequency", ylabel="neurons of all runs",
-                  title=f"{active:.0%} of the neurons are always active")
-        for ax in (a, b, c):
-            ax.legend(fontsize=7)
+        title = "The column in the Fourier basis: which frequencies are needed, what W_out W_U cancel"
+        figure, parts = panels_by_configuration(arrays, flags, title, 2)
+        for name, mine, k, (left, right) in parts:
+            rises = arrays["excluded_loss"] - arrays["full_loss"][:, None]
+            excluded = {"one frequency of a+b removed": rises[mine]}
+            bars(left, range(1, flags.base // 2 + 1), excluded, name, "increase of the loss (nats)",
+                 xlabel="frequency removed from the logits")
+            before, after = arrays["term_energy"][mine].sum(2).swapaxes(0, 1)  # [R, term]
+            energy = {"neurons": before, "logits, after W_out W_U": after}
+            bars(right, ["of a", "of b", "of a+b", "of a-b"], energy, name, "share of power")
         return figure
 
     def draw_development(arrays, flags):
-        if not len(arrays["over_step"]):  # a checkpoint has no history
+        steps, title = arrays["over_step"], "When does each part become necessary?"
+        if not len(steps):  # a checkpoint has no history
             return None
-        parts, x = list(configurations(arrays, 2)), np.maximum(arrays["over_step"], .7)
-        figure, axes = common.panels(2 * len(parts), "When does each part become necessary?", flags)
-        for (left, right), (name, mine, k) in zip(zip(axes[::2], axes[1::2]), parts):
-            of = lambda key: arrays[f"over_{key}"][:, mine]
-            common.band(left, x, of("full_loss"), "loss", "black")
-            common.band(left, x, of("restricted_loss"), "functions of a+b alone", "grey")
-            for i in range(of("excluded_loss").shape[-1]):
-                label, colour = f"frequency {i + 1} removed", common.COLOURS[i % 6]
-                common.band(left, x, of("excluded_loss")[..., i], label, colour)
-            common.band(right, x, of("ablation")[..., -1], "MLP ablated", RED)
-            most = of("ablation")[..., :-1].max(-1)
-            common.band(right, x, most, "the most important head ablated", BLUE)
-            left.set(**STEPS, yscale="log", ylabel="loss (nats)", title=f"{name}: frequencies")
-            right.set(**STEPS, ylabel="increase of the loss (nats)", title=f"{name}: parts")
-            for ax in (left, right):
-                ax.legend(fontsize=6)
+        figure, parts = panels_by_configuration(arrays, flags, title, 1)
+        for name, mine, k, (ax,) in parts:
+            loss, rises = arrays["over_full_loss"][:, mine], arrays["over_ablation"][:, mine]
+            found = {"loss": loss, "without the MLP": loss + rises[..., -1],
+                     "without the most important head": loss + rises[..., :-1].max(-1),
+                     "functions of a+b alone": arrays["over_restricted_loss"][:, mine]}
+            lines(ax, steps, found, name, "loss (nats)", yscale="log")
         return figure
 
 
@@ -1027,19 +908,15 @@ class Spikes(common.Study):
     smoke = dict(SMOKE, steps=400, runs=1)
     before, after, lead = 150, 100, 50  # steps around a spike, and from an intervention until these
     watched = ("loss", "grad_norm", "second_moment", "weight_norm", "update_norm")
-
-    def check(flags):
-        if len(common.groups_of_runs(flags)) > 1:
-            raise common.Stop("--study spikes compares runs of one shape: sweep numbers, such as lr")
+    check = one_shape
 
     def step_of(flags):
         plain = step_of(flags)
-
         def step(state, number):
             new, logs = plain(state, number)
             move = {k: new["params"][k] - p for k, p in state["params"].items()}
             logs |= {"second_moment": sum(v.sum() for v in new["v"].values()).sqrt(),
-                     "weight_norm": common.norm(new["params"]), "update_norm": common.norm(move)}
+                     "weight_norm": norm(new["params"]), "update_norm": norm(move)}
             return new, logs
         return step
 
@@ -1050,37 +927,35 @@ class Spikes(common.Study):
                 "decay off": dict(weight_decay=0.), "rate / 2": dict(lr=run.lr / 2)}
 
     def first_spikes(arrays):
-        """The step of each run's first spike."""
         return arrays["first_spike"]
 
+    def replay(run, past, steps, folder):
+        """Train a run again until after `past`, its gradient norms (same program, same bits), and
+        from there on once with each intervention, with the same random numbers: loss [steps, I]."""
+        run = replace(run, compile="on" if common.NOW.compiled[0][0] else "off")
+        runs = [replace(run, steps=len(past))]
+        again, = common.train([runs], folder / "past", start, Spikes.step_of)
+        state = common.run_of({"params": again.params, **again.optimiser}, 0)
+        changes = Spikes.interventions(run, float(np.median(past[-100:]))).values()
+        runs = [replace(run, steps=steps, **change) for change in changes]
+        return common.train([runs], folder, lambda run: state, Spikes.step_of)[0].metrics["loss"]
+
     def compute(flags, folder):
-        """Train; find each run's first spike; train it again to just before (a run is a function of its
-        flags); go on from there once with each intervention, with the same random numbers."""
         trained, = train(flags, folder, step_of=Spikes.step_of)
-        arrays, window = curves([trained]), Spikes.before + Spikes.after
-        first, forks, around = Spikes.first_spikes(arrays), [], {k: [] for k in Spikes.watched}
-        # the same program, so that a replay has the same bits
-        same = dict(step_of=Spikes.step_of, evaluate_of=None, final=None)
-        begins = first - Spikes.before - Spikes.lead
-        for r in np.flatnonzero((begins > 0) & (first <= flags.steps - Spikes.after)):
-            spike, begin = int(first[r]), int(begins[r])
-            run = replace(trained.runs[r], compile="on" if folder.compiled[0]["compiled"] else "off")
-            again, = train(flags, folder.aside(f"again{r}"), [[replace(run, steps=begin)]], **same)
-            state = common.run_of(again.state, 0)
-            calm = float(np.median(arrays["grad_norm"][max(begin - 100, 0):begin, r]))
-            changes = Spikes.interventions(run, calm)
-            forked = [replace(run, steps=Spikes.lead + window, **change) for change in changes.values()]
-            fork, = train(flags, folder.aside(f"fork{r}"), [forked], start=lambda run: state, **same)
-            forks.append(fork.metrics["loss"][Spikes.lead:])
-            for k in around:
-                around[k].append(arrays[k][spike - Spikes.before:spike + Spikes.after, r])
-        names = [*Spikes.interventions(flags, 0.)]
-        count = len(names)
-        forks = np.reshape(forks, (-1, window, count))
-        arrays |= {f"around_{k}": np.reshape(v, (-1, window)).T for k, v in around.items()}
-        worst = np.reshape([geometric(f).max(0) for f in forks], (-1, count))
+        arrays, names = curves([trained]), [*Spikes.interventions(flags, 0.)]
+        shown = Spikes.first_spikes(arrays) - Spikes.before  # from this step on
+        window, lead, forks = Spikes.before + Spikes.after, Spikes.lead, []
+        spiking = np.flatnonzero((shown > lead) & (shown + window <= flags.steps))
+        shown = shown[spiking].astype(int)
+        for r, at in zip(spiking, shown):
+            past = arrays["grad_norm"][:at - lead, r]
+            loss = Spikes.replay(trained.runs[r], past, lead + window, folder / f"spike{r}")
+            forks.append(loss[lead:])
+        forks = np.reshape(forks, (-1, window, len(names)))
+        at = shown + np.arange(window)[:, None]
+        arrays |= {f"around_{k}": arrays[k][at, spiking] for k in Spikes.watched}
         return arrays | {"intervention": names, "fork_loss": forks.transpose(2, 1, 0),
-                         "fork_worst": worst}
+                         "fork_worst": geometric(forks.swapaxes(0, 1)).max(0)}
 
     def claims(arrays, say):
         quote = NOTES + "probably a gradient spike of unclear provenance"
@@ -1095,30 +970,21 @@ class Spikes(common.Study):
 
     def draw_spikes(arrays, flags):
         figure, (a, b) = common.panels(2, "What drives the repeated spike?", flags)
-        t, names = np.arange(len(arrays["around_loss"])) - Spikes.before, arrays["intervention"].tolist()
-        for key, colour in zip(Spikes.watched, common.COLOURS):
-            common.band(a, t, arrays[f"around_{key}"], key.replace("_", " "), colour)
-        a.set(yscale="log", ylim=(1e-9, 100), xlabel="step relative to the spike",
-              ylabel="nats, or norm")
-        a.axvline(0, color="grey", ls="--", lw=.8)
-        if arrays["around_loss"].size:
-            a.legend(fontsize=7, loc="upper left")
-        for i, worst in enumerate(arrays["fork_worst"].T):
-            b.plot(np.full(len(worst), i), worst, "o", color=common.COLOURS[i], ms=5)
-        b.set(yscale="log", ylim=(1e-9, 5), ylabel="highest loss in the window (nats)",
-              title=f"{len(arrays['fork_worst'])} spikes, each replayed with one change")
-        b.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=7)
+        around = {key.replace("_", " "): arrays[f"around_{key}"] for key in Spikes.watched}
+        steps = np.arange(-Spikes.before, Spikes.after)
+        lines(a, steps, around, "Around the first spikes", "nats, or norm", xscale="linear",
+              xlim=None, xlabel="step relative to the spike", yscale="log")
+        title, label = "Each spike replayed with one change", "highest loss in the window (nats)"
+        worst = {"first spikes": arrays["fork_worst"]}
+        bars(b, arrays["intervention"], worst, title, label, yscale="log")
         common.shelf(b, 1e-3, "counts as a spike")
         return figure
 
 
 class Sweep(common.Study):
-    """Every row of the notes' tables, or the grid of --sweep: when does each descend, where does it end?
-    (hours)
+    """Every row of the notes' tables, or a grid: when does each descend, where does it end? (hours)
 
-    arrays, [R]: the swept fields, seed, config, milestones; kind (see `shelf_kind`) of the level on
-    which a run ends; delta_spectrum [R, 2, base]; curve [R, 200] at curve_step [R, 200], the 10-step
-    geometric mean of the loss at log-spaced steps."""
+    arrays [R]: swept fields, seed, outcomes, kind; curve [R, 200], 10-step mean loss at curve_step."""
     defaults = dict(steps=5000, evals=2)
     smoke = dict(SMOKE, runs=1)
 
@@ -1129,45 +995,35 @@ class Sweep(common.Study):
             yield id, f"{digit} {size} decay {decay}", int(steps), key, float(low), float(high), sentence
 
     def points(flags):
-        """The rows of the notes, with their own numbers of steps scaled by --steps / 5000, and more
-        values of eps for the floor that decay sets; more seeds where they are cheap, most for the
-        waiting times of 2/2."""
-        points = []
-        for setting, steps in dict.fromkeys((row[1], row[2]) for row in Sweep.rows()):
+        """The notes' rows, steps scaled by --steps / 5000; more eps; more seeds where they are cheap."""
+        points, settings = [], [(setting, steps, 1e-8) for _, setting, steps, *_ in Sweep.rows()]
+        settings += [("units 128/4 decay 0.5", 3000, eps) for eps in (1e-9, 1e-7, 1e-6)]
+        for setting, steps, eps in dict.fromkeys(settings):
             digit, size, _, decay = setting.split()
             d, heads = map(int, size.split("/"))
             many = 16 if size == "2/2" else 4 if d <= 4 else 1
-            points.append(
-                dict(digit=DIGITS.index(digit), d_model=d, n_heads=heads, weight_decay=float(decay),
-                     steps=max(1, steps * flags.steps // 5000), runs=many * flags.runs)
-            )
-        floor = dict(digit=0, d_model=128, n_heads=4, weight_decay=.5,
-                     steps=max(1, 3000 * flags.steps // 5000))
-        points += [dict(floor, runs=flags.runs, eps=eps) for eps in (1e-9, 1e-7, 1e-6)]
-        points = [p for p in points if p["d_model"] <= 2 or not flags.smoke]
-        return sorted(points, key=lambda p: (p["d_model"] + 4 * p["n_heads"]) ** 2 * p["steps"])
+            point = dict(digit=DIGITS.index(digit), d_model=d, n_heads=heads, weight_decay=float(decay),
+                         eps=eps, steps=max(1, steps * flags.steps // 5000), runs=many * flags.runs)
+            if d <= 2 or not flags.smoke:
+                points.append(point)
+        return points
 
     def compute(flags, folder):
-        trained = train(flags, folder)
-        runs = [run for t in trained for run in t.runs]
-        join = lambda values: np.concatenate([*values])
-        fields = {"digit", "d_model", "n_heads", "weight_decay", "eps", "steps", "seed"}
-        fields |= {*common.swept(flags)}
-        arrays = {k: np.array([getattr(r, k) for r in runs]) for k in sorted(fields)}
-        arrays |= {k: join(t.final[k] for t in trained) for k in trained[0].final if k != "loss"}
-        loss, pair, alias, delta = (join(t.metrics[f"eval_{k}"][-1] for t in trained)
-                                    for k in ("loss", "pair", "alias", "delta"))
-        at = [np.geomspace(1, t.runs[0].steps, 200).round().astype(int) for t in trained]
-        curve = join(geometric(t.metrics["loss"])[i - 1].T for i, t in zip(at, trained))
-        kinds = [Sweep.shelf_kind(*row) for row in zip(runs, loss, pair, alias)]
-        return arrays | {"config": [setting_of(r) for r in runs], "kind": kinds, "delta_spectrum": delta,
-                         "curve": curve,
-                         "curve_step": join(np.tile(i, (len(t.runs), 1)) for i, t in zip(at, trained))}
+        fields = ["seed", "d_model", "n_heads", "weight_decay", "eps", "steps", *common.swept(flags)]
+        found = []
+        for t in train(flags, folder):
+            at = np.geomspace(1, t.runs[0].steps, 200).round().astype(int)
+            last = (t.metrics[f"eval_{k}"][-1] for k in ("loss", "pair", "alias"))
+            found.append({k: [getattr(run, k) for run in t.runs] for k in fields}
+                         | outcomes(t.runs, t.metrics)
+                         | {"kind": [*map(Sweep.shelf_kind, t.runs, *last)],
+                            "curve": geometric(t.metrics["loss"])[at - 1].T,
+                            "curve_step": [at] * len(t.runs)})
+        return {k: np.concatenate([f[k] for f in found]) for k in found[0]}
 
     def shelf_kind(flags, loss, pair, alias):
-        """What a final loss means: `solved`; `n mod m`: that much of the column is known and no more (`n
-        mod 1`: nothing); `carry-blind`: the column is known, the carry is not; or `between`. The
-        tolerance is .15 nats."""
+        """What a final loss means, to .15 nats: `solved`; `n mod m`: that much of the column is known
+        (`n mod 1`: nothing); `carry-blind`: the column is known, the carry is not; or `between`."""
         if loss < .01:
             return "solved"
         own_column = floors(flags.base, flags.digits)[flags.digit, 1]
@@ -1180,129 +1036,99 @@ class Sweep(common.Study):
 
     def claims(arrays, say):
         g = np.random.default_rng(0)
-
-        def of(key, setting, steps=None, eps=1e-8):
-            mine = (arrays["config"] == setting) & np.isclose(arrays["eps"], eps)
-            return arrays[key][mine & (arrays["steps"] == (steps or arrays["steps"]))]
-
-        def estimate(id, statement, quote, f, key, settings, *rule):
-            """A claim about f of some settings' runs, with its 95 % interval over resampled runs."""
-            groups = [of(key, *(s if isinstance(s, tuple) else (s,))) for s in settings]
+        def of(key, setting, eps=1e-8):
+            return arrays[key][(arrays["config"] == setting) & (arrays["eps"] == eps)]
+        def estimate(id, statement, quote, f, groups, *rule):
+            """A claim about f(groups of runs), with its 95 % interval over resampled runs."""
             draws = [f(*(g.choice(x, len(x)) for x in groups)) for _ in range(500)]
             say(id, statement, NOTES + quote, (f(*groups), *np.quantile(draws, [.025, .975])), *rule)
-
-        for id, setting, steps, key, low, high, sentence in Sweep.rows():
-            measured = of(key, setting, steps)
-            say(id, f"{setting}: {sentence}, {key}", NOTES + sentence, measured, "in", (low, high))
+        for id, setting, _, key, low, high, sentence in Sweep.rows():
+            statement = f"{setting}: {sentence}, {key}"
+            say(id, statement, NOTES + sentence, of(key, setting), "in", (low, high))
         log = lambda x: math.log(np.median(x))
+        slope = lambda x, y: np.polyfit(x, y, 1)[0]
+        ratio = lambda a, b: np.median(a) / np.median(b)
+        units = lambda size: of("descent", f"units {size} decay 0")
         estimate("width-delays",
                  "halving the width delays the units' descent by this factor (4 heads, 8 to 128)",
                  "smth like x1.5 time to drop per /2 of d_model",
-                 lambda *waits: math.exp(-np.polyfit([3, 4, 7], [log(x) for x in waits], 1)[0]),
-                 "descent", [f"units {d}/4 decay 0" for d in (8, 16, 128)], "in", (1.3, 1.75))
+                 lambda *waits: math.exp(-slope([3, 4, 7], [*map(log, waits)])),
+                 [units("8/4"), units("16/4"), units("128/4")], "in", (1.3, 1.75))
         estimate("width-hyper",
                  "the delay per halving grows towards width 2 (log of 2/2 over 4/4 minus 4/4 over 8/8)",
                  "maybe hyperexponentially, when close to 0",
-                 lambda a, b, c: log(c) - 2 * log(b) + log(a), "descent",
-                 [f"units {d}/{d} decay 0" for d in (8, 4, 2)], ">", 0)
-        say("waiting-exponential", *Sweep.waiting(of("descent", "units 2/2 decay 0"), g))
+                 lambda a, b, c: log(c) - 2 * log(b) + log(a),
+                 [units("8/8"), units("4/4"), units("2/2")], ">", 0)
+        say("waiting-exponential", *Sweep.waiting(units("2/2"), g))
         for d, few, many in (16, 1, 4), (8, 1, 4), (8, 4, 8), (4, 1, 4):
             estimate(f"heads-slow-units-{d}-{many}",
                      f"{d} wide, the units descend later with {many} heads than with {few} "
                      "(share of pairs of runs)", "for this task more heads are worse",
-                     lambda a, b: np.mean(a[:, None] > b), "descent",
-                     [f"units {d}/{h} decay 0" for h in (many, few)], ">", 0.5)
+                     lambda a, b: np.mean(a[:, None] > b),
+                     [units(f"{d}/{many}"), units(f"{d}/{few}")], ">", 0.5)
         weights = [(.25, 1e-8), (.5, 1e-8), (1, 1e-8), (.5, 1e-9), (.5, 1e-7), (.5, 1e-6)]
         estimate("decay-floor",
                  "the units' final loss is proportional to weight_decay x eps (log-log slope)",
                  "WD=1: to 20e-9; WD=0.5: to 8e-9",
-                 lambda *x: np.polyfit([math.log(w * e) for w, e in weights], [log(y) for y in x], 1)[0],
-                 "final", [(f"units 128/4 decay {w:g}", None, e) for w, e in weights], "in", (0.8, 1.2))
-        slow = of("final", "units 128/4 decay 0.5") / of("lowest", "units 128/4 decay 0.5")
+                 lambda *losses: slope([math.log(w * e) for w, e in weights], [*map(log, losses)]),
+                 [of("final", f"units 128/4 decay {w:g}", e) for w, e in weights], "in", (0.8, 1.2))
+        final, lowest = (of(key, "units 128/4 decay 0.5") for key in ("final", "lowest"))
         say("slow-regrowth",
             "at decay .5 the units' loss grows back slowly after its lowest (final over lowest; whether "
             "this is the early bump slowed down no curve decides: remove one, does the other go?)",
-            NOTES + "dips to 7-8 & then slowly goes back to 8-9", slow, ">", 1.05)
-        ratio = lambda a, b: np.median(a) / np.median(b)
+            NOTES + "dips to 7-8 & then slowly goes back to 8-9", final / lowest, ">", 1.05)
         estimate("decay-damps",
                  "decay .25 at least halves the tens' vibration (ratio of deviations of log loss)",
-                 "WD=0.25 diminishes the loss vibration drastically", ratio, "vibration",
-                 ["tens 128/4 decay 0.25", "tens 128/4 decay 0"], "<", 0.5)
+                 "WD=0.25 diminishes the loss vibration drastically", ratio,
+                 [of("vibration", f"tens 128/4 decay {w}") for w in (.25, 0)], "<", 0.5)
         estimate("heads-speed-tens",
                  "the tens converge sooner with 128 heads than with 2 (ratio of steps)",
-                 "more heads makes things happen faster I think", ratio, "reach",
-                 ["tens 128/128 decay 0.25", "tens 128/2 decay 0.25"], "<", 1)
+                 "more heads makes things happen faster I think", ratio,
+                 [of("reach", f"tens 128/{h} decay 0.25") for h in (128, 2)], "<", 1)
         decays = (0, .1, .15, .2, .225, .25, .5)
         estimate("decay-spikes",
                  "the tens spike more often with more decay (spikes a run, slope over decay)",
                  "a repeatable gradient spike, intensified by WD",
-                 lambda *x: np.polyfit(decays, [y.mean() for y in x], 1)[0], "spikes",
-                 [(f"tens 128/4 decay {w:g}", 5000) for w in decays], ">", 0)
+                 lambda *spikes: slope(decays, [x.mean() for x in spikes]),
+                 [of("spikes", f"tens 128/4 decay {w}") for w in decays], ">", 0)
         alone = np.concatenate([of("reach", f"tens {d}/1 decay 0.25") for d in (128, 256, 512)])
         say("one-head-fails-tens", "one head never brings the tens below 1e-3 (widths 128, 256, 512)",
             NOTES + "1 is too few (even for 512/1)", alone, ">", 1e9)
 
     def waiting(waits, g):
         """Are waiting times exponential above a dead time? Deviation over mean excess of those above the
-        least, against its central 95 % for exponential times (which are rejected once in twenty); how
-        often gamma(2) times would pass is said with it."""
+        least, against its central 95 % for exponential times (which are rejected once in twenty)."""
         def excess(x):
-            rest = np.sort(x)[1:] - x.min()
-            return float(rest.std(ddof=1) / rest.mean())
-        n = len(waits)
-        null = np.quantile([excess(g.exponential(size=n)) for _ in range(2000)], [.025, .975])
-        others = np.array([excess(g.gamma(2, size=n)) for _ in range(2000)])
-        passing = np.mean((others > null[0]) & (others < null[1]))
-        statement = (
-            f"waiting times of 2/2 are exponential above a dead time (deviation over mean excess; {n} "
-            "seeds; "
-            f"gamma(2) times would pass in {passing:.0%}; no verdict while a seed has not descended)"
-        )
-        measured = excess(waits) if np.isfinite(waits).all() else [math.nan]
-        return (statement,
-                NOTES + "chances of extant circuits to be accidentally close enough to the necessary "
-                "basin of attraction", measured, "in", tuple(null))
+            rest = np.sort(x)[..., 1:] - x.min(-1, keepdims=True)
+            return rest.std(-1, ddof=1) / rest.mean(-1)
+        low, high = np.quantile(excess(g.exponential(size=(2000, len(waits)))), [.025, .975])
+        statement = (f"waiting times of 2/2 are exponential above a dead time (deviation over mean "
+                     f"excess; {len(waits)} seeds; no verdict while a seed has not descended)")
+        quote = "chances of extant circuits to be accidentally close enough to the necessary basin"
+        measured = float(excess(waits)) if np.isfinite(waits).all() else [math.nan]
+        return statement, NOTES + quote, measured, "in", (low, high)
 
     def draw_rows(arrays, flags):
-        fields = ("digit", "weight_decay", "eps", "n_heads", "d_model", "steps")
-        keys = [*zip(*(arrays[f].tolist() for f in fields))]
-        wanted = {} if flags.sweep else {(row[1], row[2], row[3]): row[4:6] for row in Sweep.rows()}
-        configs, names = sorted({*keys}), []
-        figure, (a, b) = common.panels(2, "Every configuration: when it descends, where it ends", flags,
-                                       size=(5.4, max(3.7, .16 * len(configs))))
-        for y, config in enumerate(configs):
-            mine = np.array([k == config for k in keys])
-            name, descent = arrays["config"][mine][0], arrays["descent"][mine]
-            names.append(name + f" eps {config[2]:g}" * (config[2] != 1e-8))
-            a.plot(descent, np.full(mine.sum(), y), "o", color=BLUE, ms=3, alpha=.6)
-            final = np.maximum(arrays["final"][mine], 1e-13)
-            b.plot(final, np.full(mine.sum(), y), "o", color=BLUE, ms=3, alpha=.6)
-            if np.isinf(descent).any():
-                a.text(config[-1], y, f" {np.isinf(descent).sum()} never", fontsize=5, va="center")
-            for ax, key in (a, "descent"), (b, "final"), (b, "lowest"):
-                low, high = wanted.get((name, config[-1], key), (0, 0))
-                if 0 < low < high < math.inf:
-                    ax.plot([low, high], [y, y], color=RED, lw=4, alpha=.35, solid_capstyle="butt")
-            if (name, config[-1], "reach") in wanted:
-                says = "converges" if wanted[name, config[-1], "reach"][0] == 1 else "does not"
-                b.text(6, y, f"notes: {says}", fontsize=5, va="center", color=RED)
-            if config[0]:
-                level = floors(flags.base, flags.digits)[config[0], 1]
-                b.plot([level, level], [y - .5, y + .5], color="grey", lw=1)
-        a.plot([], [], color=RED, lw=4, alpha=.35, label="the notes, with their tolerance")
-        b.plot([], [], color="grey", lw=1, label="own column, no carry (exact)")
-        b.axvline(math.log(flags.base), color="grey", ls="--", lw=.8, label="sees nothing (exact)")
-        a.set(xscale="log", xlabel="step of first descent")
-        a.set_yticks(range(len(configs)), names, fontsize=5.5)
-        b.set(xscale="log", xlabel="final loss (nats)", yticks=[], xlim=(1e-13, 100))
-        for ax in (a, b):
-            ax.legend(fontsize=6, loc="upper left")
+        settings = zip(arrays["config"], arrays["steps"], arrays["eps"])
+        names, y = np.unique([f"{c}, {t} steps, eps {e:g}" for c, t, e in settings], return_inverse=True)
+        title = "When does each configuration descend, where does it end? (red: the notes' tolerance)"
+        figure, (a, b) = common.panels(2, title, flags, size=(5.4, max(3.7, .16 * len(names))))
+        for _, setting, steps, key, low, high, _ in Sweep.rows():
+            row = np.flatnonzero(names == f"{setting}, {steps} steps, eps 1e-08")
+            if key in ("descent", "final"):
+                ax = a if key == "descent" else b
+                ax.hlines(row, low, min(high, 1e5), color="red", lw=4, alpha=.35)
+        a.plot(arrays["descent"], y, "o", ms=3)
+        a.set(xscale="log", xlabel="step of first descent (no dot: never)")
+        a.set_yticks(range(len(names)), names, fontsize=5.5)
+        b.plot(np.maximum(arrays["final"], 1e-13), y, "o", ms=3)
+        b.set(xscale="log", xlabel="final loss (nats); dashed: sees nothing (exact)", yticks=[])
+        b.axvline(math.log(flags.base), color="grey", ls="--")
         return figure
 
 
-# The notes' tables. A quoted step counts as reproduced within a factor 1.5, a small loss within a factor
-# 3, a visible bump is a regrowth by 10 % or more (the notes read all of them off graphs); a step that
-# never comes is infinite. Where the notes name no decay: 0 for the units, .25 for the others.
+# The notes' tables. A quoted step is reproduced within a factor 1.5, a small loss within a factor 3; a
+# bump is a regrowth by 10 %; never is inf. Decay, if not named: 0 for the units, .25 for the others.
 #   digit     d/heads decay steps quantity   lowest  highest the notes
 ROWS = """
 u1   units     128/4   0     3000  descent     80      180     decay 0: first descent at 120
@@ -1367,7 +1193,6 @@ h4   hundreds  128/8   0.25  5000  reach       1       1e+09   hundreds 128/8: a
 k1   thousands 128/128 0.25  5000  reach       inf     inf     thousands 128/128: doesn't
 k2   thousands 256/256 0.25  3000  reach       inf     inf     thousands 256/256: also doesn't
 """
-
 
 STUDIES = [Digit, Theory, All, Anatomy, Spikes, Sweep]
 

@@ -138,13 +138,14 @@ def addition_loss(flags, model, ab, all_digits):
 def limit(program):
     """Seconds that a step needs at least at the rates measured here: its matrix products at the rate of [256, 128] by
     [128, 512], and one pass over its state at the rate of a copy."""
-    wait = torch.cuda.synchronize if program.at.type == "cuda" else lambda: None
+    at = program.row.device
+    wait = torch.cuda.synchronize if at.type == "cuda" else lambda: None
     with FlopCounterMode(display=False) as counter:
         program.trial(1)
 
     def rate(f, amount):
         return amount / min(clock(lambda: [f() for _ in range(20)] and wait()) / 20 for _ in range(30))
-    a, b = (torch.randn(*shape, device=program.at) for shape in ((256, 128), (128, 512)))
+    a, b = (torch.randn(*shape, device=at) for shape in ((256, 128), (128, 512)))
     state = torch.cat([x.flatten() for x in leaves(program.state) if x.is_floating_point()])
     return counter.get_total_flops() / rate(lambda: a @ b, 2 * 256 * 128 * 512) + 1 / rate(lambda: state.clone(), 1)
 
@@ -162,16 +163,19 @@ def addition_row(name, repeats, seconds, runs=1, device="cpu", study="digit", **
     positions = (3 if everything else 2) * flags.digits + 2
     begin = lambda run: exp_addition.start(run, positions)
     step = exp_addition.step_of(flags, exp_addition.All.loss if everything else exp_addition.digit_loss)
-    state, number = house.stack([begin(run) for run in each[:1]]), house.numbers(each[:1])
-    made, logs = house.dry_run(step, house.run_of(state, 0), house.run_of(number, 0))
-    size = house.block_size(flags, house.run_of(state["params"], 0), made)
+    held, logs = house.first_step(step, begin(each[0]), house.run_of(house.numbers(each[:1]), 0), at)
+    size = house.block_size(flags, begin(each[0])["params"], held)
     blocks = [each[a:a + size] for a in range(0, runs, size)]
     blocks = [b + b[-1:] * (size - len(b)) for b in blocks]
     first = house.stack([begin(r) for r in blocks[0]]), house.numbers(blocks[0])
     program = house.Program(step, *first, logs, at)
     bound = limit(program) * len(blocks)
     with fresh_cache():
-        compile_seconds = clock(program.compile)
+        house.NOW.asked, start = False, time.perf_counter()
+        failed = program.compile()
+        compile_seconds = time.perf_counter() - start
+    if failed:
+        raise SystemExit(f"no ratio without a compiler: {failed}")
     models = [AdditionModel(flags.vocab, positions, flags.d_model, flags.n_heads).to(at) for _ in each]
     for model, run in zip(models, each):
         model.load_state_dict(begin(run)["params"])
@@ -190,9 +194,9 @@ def addition_row(name, repeats, seconds, runs=1, device="cpu", study="digit", **
 
     def ours(steps):
         return [program(steps)["loss"] for _ in blocks]  # every block goes through the same program
-    kept = house.tree(torch.clone, program.state)
+    kept = house.to(at, program.state)
     few = min(size, runs)
-    gap = (notebook(3, drawn)[:, :few] - program(3)["loss"][:, :few]).abs().max().item()
+    gap = (notebook(3, drawn)[:, :few] - program(3)["loss"].T[:, :few]).abs().max().item()
     if not gap <= 1e-4:
         raise SystemExit(f"{name}: the losses of notebook and ours differ by {gap:.2g}")
     house.fill(program.state, kept)

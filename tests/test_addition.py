@@ -99,12 +99,6 @@ def test_base_ten_figures():
         assert exp.carry_probability(4, k) == pytest.approx(sum(a + b >= n for a in range(n) for b in range(n)) / n ** 2)
 
 
-def test_one_number_can_carry_this_loss():
-    """The construction approaches log(5!) / 5 from its scales, and its logits are real: x u with one x an answer."""
-    assert exp.Theory.one_wide_reached(10) == pytest.approx(math.log(120) / 5, abs=2e-3)
-    assert exp.Theory.one_wide_reached(2) == pytest.approx(0, abs=1e-6)
-
-
 # ---- model ----------------------------------------------------------------------------------------------------------
 
 def test_parameter_counts():
@@ -260,7 +254,7 @@ def test_measures_of_a_model_with_a_planted_circuit():
 
 
 def test_the_score_table_is_the_attention():
-    flags = exp.Flags(d_model=8, n_heads=2, mlp=False)
+    flags = exp.Flags(d_model=8, n_heads=2)
     params, ab = params_of(flags), digits(flags, 32)
     tokens, seen = exp.tokens_of(flags, ab), {}
 
@@ -310,7 +304,7 @@ def test_it_learns_the_units(tmp_path):
     assert loss.shape == (500, 2) and (loss[:5] > 2).all() and (loss[-5:] < .05).all()
 
 
-@pytest.mark.parametrize("line", ["--no-mlp", "--base 2 --digits 3 --digit 3", "--study anatomy --no-mlp", "--digits 1",
+@pytest.mark.parametrize("line", ["--no-mlp", "--base 2 --digits 3 --digit 3", "--study anatomy --digits 1", "--digits 1",
                                   "--study anatomy --base 7 --digit 2 --probe neuron:3", "--base 16 --digits 9", "--clip .1",
                                   "--study anatomy --digit 5 --probe head:1", "--sweep d_model=4,8 lr=1e-3,1e-2"])
 def test_variants_run(line, tmp_path):
@@ -335,7 +329,7 @@ def test_anatomy_of_a_checkpoint_takes_each_run_as_what_it_was(tmp_path, capsys)
 
 @pytest.mark.parametrize("line,says", [
     ("--digit 7", "--digit 7 must be at most --digits 5"), ("--n-heads 3", "divisible by --n-heads 3"), ("--base 1", "from 2 to 16"),
-    ("--study anatomy --probe head:9", "--probe"), ("--sweep digit=0,9", "--digits 5"), ("--probe head:1", "does not read --probe"),
+    ("--study anatomy --probe head:9", "--probe"), ("--study anatomy --no-mlp", "--no-mlp"), ("--sweep digit=0,9", "--digits 5"), ("--probe head:1", "does not read --probe"),
     ("--study theory --lr 1", "does not read --lr"), ("--study theory --sweep lr=1,2", "does not read"),
     ("--study spikes --sweep d_model=2,4 --n-heads 1", "one shape")])
 def test_bad_flags_are_one_line(line, says, tmp_path, capsys, monkeypatch):
@@ -349,10 +343,10 @@ def test_a_replay_without_intervention_repeats_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(exp.Spikes, "first_spikes", lambda arrays: np.array([250., np.inf]))
     assert run(exp, "--smoke --study spikes --steps 400 --runs 2", tmp_path / "r") == 0
     found = np.load(tmp_path / "r/arrays.npz")
-    assert found["fork_loss"].shape == (7, 250, 1)
+    assert found["fork_loss"].shape == (7, 250, 1) and found["around_loss"].shape == (250, 1)
     np.testing.assert_array_equal(found["fork_loss"][0], found["around_loss"])  # bit for bit, though forked and regrouped
     assert not np.array_equal(found["fork_loss"][4], found["around_loss"])
-    assert len(common.decode("x.json", (tmp_path / "r/summary.json").read_bytes())["runs"]) == 2
+    assert len(common.read(tmp_path / "r/summary.json")["runs"]) == 2
 
 
 # ---- claims ---------------------------------------------------------------------------------------------------------
@@ -375,6 +369,7 @@ def test_the_notes_rows_are_judged_by_what_they_say():
         return {c["id"]: c["holds"] for c in claims}
     never = math.inf
     first = verdicts(*[(1, never)] * 4, *[(2, never)] * 4)
+    assert [*first] == [*ledger("sweep")[1]]
     assert first["t1"] is True  # one head: stuck, as the notes say
     assert first["t2"] is False  # two heads should converge: a step that never comes is no step
     second = verdicts(*[(1, 900.)] * 4, *[(2, 900.)] * 3, (2, never))
@@ -393,18 +388,24 @@ def test_the_rule_for_waiting_times_has_the_error_rates_that_it_says(shape, pass
     assert common.judge("", *exp.Sweep.waiting(np.array([1., 2, np.inf, 3]), g))["holds"] is None
 
 
+def ledger(study):
+    """(heading, {id: verdict}) of a study in figures/addition.md."""
+    text = (ROOT / "figures/addition.md").read_text()
+    heading, section = re.search(rf"### addition, {study}: (.*)\n((?:\n|\|.*\n)+)", text).groups()
+    rows = dict(re.findall(r"(?m)^\| (\S+) \| .* \| (\w+) \|$", section))
+    return heading, {id: verdict for id, verdict in rows.items() if id not in ("claim", "---")}
+
+
 @pytest.mark.parametrize("study", ["digit", "theory", "all", "anatomy", "spikes"])
 def test_the_ledger_holds_what_the_code_claims(study, tmp_path):
     """figures/addition.md has the ids that a run makes now; README's counts are those of the ledger."""
     room = {common.study_name(s.__name__): s for s in exp.STUDIES}[study]
     assert run(exp, f"--smoke --study {study}", tmp_path / "r") == 0
-    arrays, ids = common.Folder(tmp_path / "r", None).read("arrays.npz"), []
+    arrays, ids = common.read(tmp_path / "r/arrays.npz"), []
     room.claims(arrays, lambda id, *rest: ids.append(id))
-    text = (ROOT / "figures/addition.md").read_text()
-    heading, section = re.search(rf"### addition, {study}: (.*)\n((?:\n|\|.*\n)+)", text).groups()
-    rows = re.findall(r"(?m)^\| (\S+) \| .* \| (\w+) \|$", section)
-    assert [id for id, _ in rows if id not in ("claim", "---")] == ids
-    verdicts = [v for id, v in rows if id in ids]
+    heading, found = ledger(study)
+    verdicts = [*found.values()]
+    assert [*found] == ids
     assert f"{verdicts.count('holds')} holds, {verdicts.count('FALSE')} FALSE, {verdicts.count('open')} open" in heading
     if study == "digit":
         runs = heading.split()[0]

@@ -19,23 +19,24 @@ def exp(request):
     return importlib.import_module(request.param)
 
 
-def programs(exp, line, dtype=torch.float32):
+def programs(exp, line, tmp, dtype=torch.float32):
     """The program of a command line's first block, on the CPU and on the card, with the same state."""
     flags = common.cli(exp.Flags, exp.STUDIES, line.split())
+    common.NOW.__init__(seconds={"compiling": 0, "run_steps": 0})
     made = {}
 
     def decide(program, *_):
-        made[program.at.type] = program
+        made[program.row.device.type] = program
         raise StopIteration
     for where in "cpu", "cuda":
         flags.device = where
         with pytest.MonkeyPatch.context() as patch, pytest.raises(StopIteration):
             patch.setattr(common, "decide", decide)
-            flags.room.compute(flags, common.Folder("/tmp", flags))
+            flags.room.compute(flags, tmp)
     for program in made.values():
         cast = lambda x: x.to(dtype) if x.dtype == torch.float32 else x
-        program.state, program.number = common.tree(cast, program.state), common.tree(cast, program.number)
-        program.rows = program.rows.to(dtype)
+        for name in "state", "number", "rows":
+            setattr(program, name, common.tree_map(cast, getattr(program, name)))
     return made["cpu"], made["cuda"]
 
 
@@ -43,31 +44,31 @@ def programs(exp, line, dtype=torch.float32):
 def test_a_study_runs_compiled(name, study, tmp_path):
     exp = importlib.import_module(name)
     assert run(exp, f"--smoke --device cuda --compile on --study {common.study_name(study.__name__)}", tmp_path / "r") == 0
-    assert all(d["compiled"] for d in common.Folder(tmp_path / "r", None).read("config.json")["compiled"])
+    assert all(compiled for compiled, *_ in common.read(tmp_path / "r/config.json")["compiled"])
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-def test_three_steps_are_the_cpus(exp, dtype, tolerance):
-    cpu, card = programs(exp, "--smoke", dtype)
+def test_three_steps_are_the_cpus(exp, dtype, tolerance, tmp_path):
+    cpu, card = programs(exp, "--smoke", tmp_path, dtype)
     a, b = cpu(3), card(3)
     for k in a:
         torch.testing.assert_close(a[k], b[k], rtol=tolerance, atol=tolerance)
 
 
-def test_captured_is_compiled_bit_for_bit(exp):
-    _, card = programs(exp, "--smoke")
-    kept = common.tree(torch.clone, card.state)
+def test_captured_is_compiled_bit_for_bit(exp, tmp_path):
+    _, card = programs(exp, "--smoke", tmp_path)
+    kept = common.to("cuda", card.state)
     card.compile()
-    captured, state = card(50), common.tree(torch.clone, card.state)
+    captured, state = card(50), common.to("cuda", card.state)
     common.fill(card.state, kept)
-    card.graph = None
+    del card.once  # compiled, not captured
     compiled = card(50)
     assert all(torch.equal(captured[k], compiled[k]) for k in captured)
     assert all(torch.equal(a, b) for a, b in zip(state["params"].values(), card.state["params"].values()))
 
 
-def test_a_read_is_so_many_graph_launches_and_nothing_waits(exp):
-    _, card = programs(exp, "--smoke")
+def test_a_read_is_so_many_graph_launches_and_nothing_waits(exp, tmp_path):
+    _, card = programs(exp, "--smoke", tmp_path)
     card.compile()
     card(10)
     card.row.zero_()
@@ -76,7 +77,7 @@ def test_a_read_is_so_many_graph_launches_and_nothing_waits(exp):
     try:
         with torch.profiler.profile() as seen:
             for _ in range(20):
-                card.graph.replay()
+                card.once()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     calls = {e.key: e.count for e in seen.key_averages()}
@@ -115,10 +116,11 @@ def test_small_losses_are_exact():
     assert not torch.backends.cuda.matmul.allow_tf32
 
 
-def test_memory_is_at_most_a_quarter_over_the_plan(exp):
-    _, card = programs(exp, "--smoke --block 64 --runs 64")
+def test_memory_is_at_most_a_quarter_over_the_plan(exp, tmp_path):
+    _, card = programs(exp, "--smoke --block 64 --runs 64", tmp_path)
     one = common.run_of(card.state, 0), common.run_of(card.number, 0)
-    planned = 64 * common.dry_run(exp.step_of(common.cli(exp.Flags, exp.STUDIES, ["--smoke"])), *one)[0]
+    step = exp.step_of(common.cli(exp.Flags, exp.STUDIES, ["--smoke"]))
+    planned = 64 * common.first_step(step, *one, torch.device("cuda"))[0]
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     card(1)

@@ -154,15 +154,14 @@ def changed(flags, other, *skip):
     """Names of the flags, apart from HOW, whose values in the dict `other` are different."""
     return [k for k, v in plain_flags(flags).items() if k not in HOW | {*skip} and v != other.get(k)]
 
-def parse(field, text):
-    """The number that a flag's text stands for; 1e4 is a whole one."""
-    kind, limits = field.type, field.metadata
+def parse(one, text):
+    """The number that a flag's text stands for; 1e4 is a whole one. one: its field."""
+    kind, low, high = one.type, one.metadata["low"], one.metadata["high"]
     with suppress(ValueError, OverflowError):
         value = kind(text if re.fullmatch(r"-?\d+", text) else float(text))
-        if limits["low"] <= value <= limits["high"] and float(value) == float(text) < inf:
+        if low <= value <= high and float(value) == float(text) < inf:
             return value
-    raise argparse.ArgumentTypeError(
-        f"{text!r} is not {kind.__name__} from {limits['low']} to {limits['high']}")
+    raise argparse.ArgumentTypeError(f"{text!r} is not {kind.__name__} from {low} to {high}")
 
 def read_words(cls, words, rooms=(), about=""):
     """{field: value} of what a command line says; --d_model is --d-model, --no-x turns x off."""
@@ -170,15 +169,15 @@ def read_words(cls, words, rooms=(), about=""):
         usage="python %(prog)s [--study NAME] [--flag VALUE ...]", description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
         allow_abbrev=False, exit_on_error=False)
-    for name, field in fields_of(cls).items():
-        more = dict(choices=rooms if name == "study" else get_args(field.type) or None)
-        if field.type is bool:
+    for name, one in fields_of(cls).items():
+        more = dict(choices=rooms if name == "study" else get_args(one.type) or None)
+        if one.type is bool:
             more = dict(action=argparse.BooleanOptionalAction)
-        elif field.type == list[str]:
+        elif one.type == list[str]:
             more = dict(nargs="*")
-        elif field.type in (int, float):
-            more = dict(type=functools.partial(parse, field))
-        text = f"{field.metadata['help']} [{getattr(cls(), name)}]".replace("%", "%%")
+        elif one.type in (int, float):
+            more = dict(type=functools.partial(parse, one))
+        text = f"{one.metadata['help']} [{one.default_factory()}]".replace("%", "%%")
         parser.add_argument(option(name), help=text, **more)
     dashed = [re.sub(r"^--[\w-]+(?==|$)", lambda m: m[0].replace("_", "-"), word) for word in words]
     found, left = parser.parse_known_args(dashed)
@@ -202,6 +201,7 @@ def cli(cls, studies, argv=None):
         raise Stop(f"--study {flags.study} does not read {option(name)}: leave it out")
     if not {*flags.figures} <= figures_of(room).keys():
         raise Stop(f"--figures: {flags.study} draws {', '.join(figures_of(room))}")
+    device(flags)
     room.check(flags)
     groups_of_runs(flags)  # every run's flags are checked before anything is written
     return flags
@@ -233,8 +233,8 @@ def swept(flags):
     for text in flags.sweep:
         name, _, values = text.partition("=")
         name = name.replace("-", "_")
-        if name not in own:
-            raise Stop(f"--sweep {text}: write field=v1,v2; {name} is not a field to sweep")
+        if name not in own or name in grid:
+            raise Stop(f"--sweep {text}: each field once; {name} came, or is not a field to sweep")
         spelled = {"true": f"--{name}", "false": f"--no-{name}"}
         grid[name] = [read_words(type(flags), [spelled.get(value, f"--{name}={value}")])[name]
                       for value in values.split(",")]
@@ -365,8 +365,7 @@ def fill(old, new):
     tree_map(lambda a, b: a.copy_(b), old, new)
 
 def block_size(flags, params, held):
-    """Runs in one kernel: a power of two that keeps them in a CPU's cache or fills a card; by shapes
-    alone, for the same bits alone and in company. held: bytes of a run's step on a card."""
+    """Runs in one kernel, by shapes alone: a power of two that fits a cache, or (held bytes) a card."""
     fitting = min(16, CACHE_NUMBERS / sum(p.numel() for p in params.values()))
     most = CARD_BYTES / held if held else fitting
     return flags.block or 2 ** int(log2(max(1, most)))
@@ -427,7 +426,7 @@ class Program:
                 self.update = torch.compile(eager, fullgraph=True, dynamic=False, options={
                     "realize_opcount_threshold": 8, "cpp.vec_isa_ok": believed})
                 self.capture() if self.row.is_cuda else self.trial(1)
-                return ""
+                return
             except Exception as error:  # no compiler, a full disk, ...: eager is always right
                 if NOW.asked:  # Ctrl-C reached the compiler, too: that decides nothing
                     raise KeyboardInterrupt
@@ -480,8 +479,7 @@ def train(groups, folder, start, step_of, evaluate_of=None, constants=None):
     return found
 
 def train_group(runs, folder, start, step_of, evaluate_of, constants):
-    """Train runs of one shape block by block, each in a folder and with a checkpoint of its own, by the
-    process whose turn it is; then all processes read all. Returns the merged checkpoint."""
+    """Train runs of one shape in blocks, each by one process in its folder. The merged checkpoint."""
     path = folder / "checkpoint.pt"
     if path.exists():
         return read(path)
@@ -538,7 +536,7 @@ def train_block(program, path, state, number, flags, evaluate):
             empty = torch.full((len(x), total, *x.shape[2:]), nan, dtype=x.dtype)
             metrics.setdefault(name, empty)[:, at:at + x.shape[1]] = x
     cuts = sorted(cut for cut in {done, *range(0, flags.steps, READ), *stops} if cut >= done)
-    for step in tqdm(cuts, flags.study, leave=False, disable=RANK > 0 or None):
+    for step in tqdm(cuts, flags.study, leave=False, disable=RANK or None):
         with timed("stepping"):
             log(program(step - done), done, flags.steps)
         NOW.seconds["run_steps"] += (step - done) * program.size
@@ -595,8 +593,8 @@ def write(path, value):
         return
     data, known = encode(path.suffix, value), sums(path.parent)
     known[path.name] = f"{known.get(path.name)} {sha256(data).hexdigest()}"[-650:]
+    path.parent.mkdir(parents=True, exist_ok=True)
     for name, content in ("checksums.json", encode(".json", known)), (path.name, data):
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{name}.tmp")
         temporary.write_bytes(content)
         temporary.replace(path.with_name(name))
@@ -644,6 +642,8 @@ def opened(flags, script):
     """The folder of this run, --out or named by the flags that were given: locked, then `prepared`."""
     given = [f"_{k}={v}" for k, v in flags.given.items() if k not in HOW | {"study"}]
     name = flags.name or re.sub("[^0-9A-Za-z.,=+_-]", "", flags.study + "".join(given))[:99]
+    if "/" in name:
+        raise Stop(f"--name {name} must be the name of one folder; --out takes a path")
     path = Path(os.path.expanduser(flags.out or f"runs/{experiment(flags)}/{name}"))
     if flags.plot_only:
         read(path / "arrays.npz")
@@ -679,7 +679,7 @@ def prepared(path, flags, script):
             raise Stop(f"{' and '.join(new)} changed since {path} was made: {cure}")
         if old["finished"]:
             tell(f"finished already: {path}  (--force to do it again, --plot-only to redraw)")
-            return None
+            return
         if not flags.resume:
             raise Stop(f"{path} holds an unfinished run: --resume to go on; {cure} to start again")
     for name, source in code.items():

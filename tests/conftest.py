@@ -1,5 +1,6 @@
 """What tests share. The ordinary tests run on the CPU everywhere; test_cuda.py alone sees a card (pytest -m cuda)."""
 import contextlib
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,13 @@ import common
 import common_v1
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ["exp_addition"]  # those that stand on the new common.py
+STUDIES = [(name, study) for name in SCRIPTS for study in importlib.import_module(name).STUDIES]
+
+
+@pytest.fixture(params=SCRIPTS)
+def exp(request):
+    return importlib.import_module(request.param)
 
 
 def arrays_of(path):

@@ -328,8 +328,9 @@ def test_anatomy_of_a_checkpoint_takes_each_run_as_what_it_was(tmp_path, capsys)
 
 
 @pytest.mark.parametrize("line,says", [
-    ("--digit 7", "--digit 7 must be at most --digits 5"), ("--n-heads 3", "divisible by --n-heads 3"), ("--base 1", "from 2 to 16"),
-    ("--study anatomy --probe head:9", "--probe"), ("--study anatomy --no-mlp", "--no-mlp"), ("--sweep digit=0,9", "--digits 5"), ("--probe head:1", "does not read --probe"),
+    ("--digit 7", "--digit 7 must be at most --digits 5"), ("--n-heads 3", "divisible by --n-heads 3"),
+    ("--base 1", "from 2 to 16"), ("--study anatomy --probe head:9", "--probe"), ("--study anatomy --no-mlp", "--no-mlp"),
+    ("--sweep digit=0,9", "--digits 5"), ("--probe head:1", "does not read --probe"),
     ("--study theory --lr 1", "does not read --lr"), ("--study theory --sweep lr=1,2", "does not read"),
     ("--study spikes --sweep d_model=2,4 --n-heads 1", "one shape")])
 def test_bad_flags_are_one_line(line, says, tmp_path, capsys, monkeypatch):

@@ -11,17 +11,10 @@ import numpy as np
 import pytest
 
 import common
-from conftest import ROOT, alike, arrays_of, interrupted, run
+from conftest import ROOT, SCRIPTS, STUDIES, alike, arrays_of, interrupted, run
 
-SCRIPTS = ["exp_addition"]
-STUDIES = [(name, study) for name in SCRIPTS for study in importlib.import_module(name).STUDIES]
 IDS = [f"{name[4:]}-{common.study_name(study.__name__)}" for name, study in STUDIES]
 QUICK = "--smoke --compile off --save-every 0 --steps 230"
-
-
-@pytest.fixture(params=SCRIPTS)
-def exp(request):
-    return importlib.import_module(request.param)
 
 
 @pytest.mark.parametrize("name, study", STUDIES, ids=IDS)
@@ -91,16 +84,17 @@ def test_compiled_is_eager(exp, tmp_path):
 
 @pytest.mark.parametrize("line, words", [
     ("--lrr 1", "unknown flag --lrr; did you mean --lr?"), ("--steps x", "'x' is not int from 1"), ("--steps 0", "from 1"),
-    ("--steps 1e-3", "not int"), ("--steps nan", "not int"), ("--resume True", "no flag takes True"), ("--smoke=1", "takes no value"),
-    ("--lr nan", "not float"), ("--lr 1e999", "not float"), ("--study nonsense", "choose from"), ("--device nonsense", "choose from"),
-    ("--sweep seed=1,2", "not a field to sweep"), ("--sweep lr=1,x", "'x' is not float"), ("--sweep lr", "is not float"),
-    ("--figures nonsense", "draws"), ("--plot-only", "cannot read"), ("--out /dev/null/x", "cannot read or write"), ("--seed -1", "from 0"),
-    ("--lr", "expected one argument")])
+    ("--steps 1e-3", "not int"), ("--steps nan", "not int"), ("--lr nan", "not float"), ("--lr 1e999", "not float"),
+    ("--resume True", "no flag takes True"), ("--smoke=1", "takes no value"), ("--lr", "expected one argument"),
+    ("--study nonsense", "choose from"), ("--device nonsense", "choose from"), ("--device cuda", "sees none"),
+    ("--sweep seed=1,2", "not a field to sweep"), ("--sweep lr=1 lr=2", "each field once"), ("--sweep lr", "is not float"),
+    ("--sweep lr=1,x", "'x' is not float"), ("--figures nonsense", "draws"), ("--plot-only", "cannot read"),
+    ("--out /dev/null/x", "cannot read or write"), ("--name ../x", "one folder"), ("--seed -1", "from 0")])
 def test_bad_flags_are_one_line_and_nothing_is_written(exp, line, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run(exp, line) == 2
     err = capsys.readouterr().err
-    assert words in err and err.count("\n") == 1 and not list(tmp_path.rglob("config.json"))
+    assert words in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 def test_help_shows_the_question_the_studies_and_every_flag(exp, capsys):

@@ -6,17 +6,10 @@ import pytest
 import torch
 
 import common
-from conftest import alike, interrupted, run
+from conftest import STUDIES, alike, interrupted, run
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-SCRIPTS = ["exp_addition"]
-STUDIES = [(name, study) for name in SCRIPTS for study in importlib.import_module(name).STUDIES]
 CARD = "--smoke --device cuda --save-every 0 --steps 230"
-
-
-@pytest.fixture(params=SCRIPTS)
-def exp(request):
-    return importlib.import_module(request.param)
 
 
 def programs(exp, line, tmp, dtype=torch.float32):

@@ -6,22 +6,19 @@ import json
 import os
 import random
 import resource
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 
 import common
-from conftest import ROOT, alike, interrupted, run
+from conftest import ROOT, SCRIPTS, alike, interrupted, run
 
 pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("FAULTS", 1))  # moments for each script
-SCRIPTS = ["exp_addition"]
 exp = importlib.import_module("exp_addition")
 TINY = "--smoke --digit 0 --d-model 4 --compile off --steps 230 --save-every 0".split()
 

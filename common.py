@@ -67,6 +67,7 @@ from tqdm import tqdm
 
 matplotlib.rcdefaults()  # not a matplotlibrc's fonts, and no LaTeX
 plt.rc("axes.spines", top=False, right=False)
+torch.set_flush_denormal(True)  # far below any precision, and slow
 NOW = SimpleNamespace()  # what `run_study` knows of the run that is going on
 
 class Stop(Exception):
@@ -737,8 +738,7 @@ def panels(count, title, flags, columns=2, size=(5.4, 3.7)):
     rows = ceil(count / columns)
     figure = plt.figure(figsize=(size[0] * columns, size[1] * rows + .5), layout="constrained")
     figure.suptitle(title)
-    figure.supxlabel(f"exp_{experiment(flags)}.py {shlex.join(flags.argv)}", fontsize=6, color="grey",
-                     parse_math=False)
+    figure.supxlabel(f"exp_{experiment(flags)}.py {shlex.join(flags.argv)}", size=6, parse_math=False)
     return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
 
 def band(ax, x, y, label, colour):
@@ -755,7 +755,7 @@ def band(ax, x, y, label, colour):
 
 def shelf(ax, y, text, colour="grey", side="right"):
     """A dashed horizontal line with its name: a floor, chance, a level that is known exactly."""
-    ax.axhline(y, color=colour, ls="--", lw=.8, zorder=3)
+    ax.axhline(y, color=colour, ls="--", zorder=3)
     paper = dict(facecolor="white", edgecolor="none", alpha=.7, pad=.4)  # curves pass behind the label
     ax.text(side == "right", y, text, transform=ax.get_yaxis_transform(), color=colour, fontsize=6.5,
             ha=side, va="bottom", bbox=paper)
@@ -903,7 +903,7 @@ def fork(source, target, *wanted):
             for i in range(before.end_lineno, node.end_lineno):
                 lines[i] = f"\n\n{lines[i]}" if lines[i].startswith("# ====") else None
     text = "\n".join(line for line in lines if line is not None) + "\n"
-    text = re.sub(r"(?m)^STUDIES = .*", f"STUDIES = [{', '.join(names)}]", text)
+    text = re.sub(r"(?ms)^STUDIES = .*?\]", f"STUDIES = [{', '.join(names)}]", text)
     text = text.replace(Path(source).name, Path(target).name)
     empty = rf"(?m)^    python .* --study (?!({'|'.join(wanted)})\b).*\n|^# ==== .*\n+(?=# ==== )"
     with open(target, "x") as f:  # without others' commands and banners of what is empty

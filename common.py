@@ -349,7 +349,7 @@ def meet(value=None):
 
 # ---- The fused loop ---------------------------------------------------------------------------------
 READ = 100               # steps between two readings of the logs
-CACHE_NUMBERS = 2 ** 14  # on a CPU: parameters of the runs of a block (measured)
+CACHE_NUMBERS = 2 ** 14  # on a CPU: parameters, and an eighth of the constants, of a block (measured)
 CARD_BYTES = 2 ** 28     # on a card: what a step of the runs of a block holds
 COMPILE_PAYS = 40.       # seconds of eager training from which compiling pays on a CPU (measured)
 
@@ -365,9 +365,10 @@ def fill(old, new):
     """Copy new into the memory of old, leaf by leaf."""
     tree_map(lambda a, b: a.copy_(b), old, new)
 
-def block_size(flags, params, held):
+def block_size(flags, params, number, held):
     """Runs in one kernel, by shapes alone: a power of two that fits a cache, or (held bytes) a card."""
-    fitting = min(16, CACHE_NUMBERS / sum(p.numel() for p in params.values()))
+    size, law = (sum(x.numel() for x in tensors.values()) for tensors in (params, number))
+    fitting = min(16, CACHE_NUMBERS / (size + law / 8))
     most = CARD_BYTES / held if held else fitting
     return flags.block or 2 ** int(log2(max(1, most)))
 
@@ -488,7 +489,7 @@ def train_group(runs, folder, start, step_of, evaluate_of, constants):
     step, evaluate, at = step_of(flags), evaluate_of and evaluate_of(flags), device(flags)
     state, number = run_of(begin(runs[:1]), 0)
     held, logs = first_step(step, state, number, at)
-    size = block_size(flags, state["params"], held)
+    size = block_size(flags, state["params"], number, held)
     padded = runs + runs[-1:] * (-len(runs) % size)
     blocks = {folder / f"block{a // size}" / "checkpoint.pt": padded[a:a + size]
               for a in range(0, len(runs), size)}
@@ -747,16 +748,16 @@ def band(ax, x, y, label, colour):
     rows, runs = known.any(1), known.any(0)
     if not known.any():
         return
-    x, y = np.asarray(x)[rows], np.where(known, y, nan)[rows]
+    x, y = x[rows], np.where(known, y, nan)[rows]
     low, middle, high = np.nanquantile(y, [.25, .5, .75], axis=1)
     ax.plot(x, y, color=colour, lw=.5, alpha=.3)
-    ax.fill_between(x, low, high, color=colour, alpha=.2, lw=0)
-    ax.plot(x, middle, color=colour, lw=1.6, label=f"{label} ({runs.sum()} of {len(runs)} runs)")
+    ax.fill_between(x, low, high, color=colour, alpha=.2)
+    ax.plot(x, middle, color=colour, label=f"{label} ({runs.sum()} of {len(runs)} runs)")
 
 def shelf(ax, y, text, colour="grey", side="right"):
     """A dashed horizontal line with its name: a floor, chance, a level that is known exactly."""
     ax.axhline(y, color=colour, ls="--", zorder=3)
-    paper = dict(facecolor="white", edgecolor="none", alpha=.7, pad=.4)  # curves pass behind the label
+    paper = dict(facecolor="white", edgecolor="none", alpha=.7)  # curves pass behind the label
     ax.text(side == "right", y, text, transform=ax.get_yaxis_transform(), color=colour, fontsize=6.5,
             ha=side, va="bottom", bbox=paper)
 
@@ -764,9 +765,8 @@ def image(ax, x, title, figure, xlabel="", ylabel="", limits=None):
     """x [rows, columns] as an image, between limits, or in colours symmetric about 0."""
     most = np.nanmax(np.abs(x)) or 1
     shown = ax.imshow(x, "viridis" if limits else "RdBu_r", clim=limits or (-most, most), aspect="auto")
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    ax.set_title(title, fontsize=9)
-    figure.colorbar(shown, ax=ax, shrink=.85)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    figure.colorbar(shown, ax=ax)
 
 def figures_of(room):
     """{name: draw function} of a study, in the order of its text."""

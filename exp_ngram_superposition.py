@@ -282,10 +282,9 @@ def heads(params, number, pair=None):
     for all pairs of tokens [N, N], or for `pair`, x1 and x2 [C]. With two tokens attention is a sigmoid
     of the difference of two scores; scores and values are tables over tokens, never sequences."""
     qk, ov = reads(params["E"], params["P"][:2, None], number)  # [2, N, d]
-    k0, k1, q = times(qk[0], params["W_K"]), times(qk[1], params["W_K"]), times(qk[1], params["W_Q"])
-    score = (times(k0, q.mT) - (k1 * q).sum(-1)[:, None]) / math.sqrt(q.shape[-1])  # [H, x1, x2]
-    W_OV = times(params["W_V"], params["W_O"])
-    v0, v1 = (times(h, W_OV).mT for h in ov)  # [H, d, N]
+    k, q = times(qk[:, None], params["W_K"]), times(qk[1], params["W_Q"])  # [2, H, N, d_head], [H, ..]
+    score = (times(k[0], q.mT) - (k[1] * q).sum(-1)[:, None]) / math.sqrt(q.shape[-1])  # [H, x1, x2]
+    v0, v1 = times(ov[:, None], times(params["W_V"], params["W_O"])).mT  # [H, d, N]
     if pair:
         score, v0, v1 = look_up(score, *pair), look_up(v0, pair[0]), look_up(v1, pair[1])
     else:

@@ -190,8 +190,8 @@ def test_blocks_follow_from_shapes_alone():
     sizes = {}
     for d in 2, 16, 64, 128:
         flags = exp.Flags(d_model=d, n_heads=2, device="cpu")
-        sizes[d] = common.block_size(flags, exp.start(flags)["params"], 0)
-    assert sizes == {2: 16, 16: 4, 64: 1, 128: 1} and common.block_size(flags, exp.start(flags)["params"], 2 ** 20) == 256
+        sizes[d] = common.block_size(flags, exp.start(flags)["params"], {}, 0)
+    assert sizes == {2: 16, 16: 4, 64: 1, 128: 1} and common.block_size(flags, exp.start(flags)["params"], {}, 2 ** 20) == 256
 
 
 # ---- the run folder -------------------------------------------------------------------------------------------------

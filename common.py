@@ -757,7 +757,7 @@ def band(ax, x, y, label, colour):
 def shelf(ax, y, text, colour="grey", side="right"):
     """A dashed horizontal line with its name: a floor, chance, a level that is known exactly."""
     ax.axhline(y, color=colour, ls="--", zorder=3)
-    paper = dict(facecolor="white", edgecolor="none", alpha=.7)  # curves pass behind the label
+    paper = dict(facecolor="white", edgecolor="none", alpha=.7, pad=.4)  # curves pass behind the label
     ax.text(side == "right", y, text, transform=ax.get_yaxis_transform(), color=colour, fontsize=6.5,
             ha=side, va="bottom", bbox=paper)
 

@@ -240,7 +240,7 @@ def mlp(params, x):
 def stream(flags, params, tokens, number):
     """The textbook model: residual stream [B, T, d] of tokens [B, T]. Without heads the MLP reads the
     first token and its own. P needs a row for each position."""
-    x, T = params["E"][tokens], tokens.shape[1]
+    T, x = tokens.shape[1], look_up(params["E"].T, tokens.flatten()).T.unflatten(0, tokens.shape)
     future = torch.ones(T, T, dtype=torch.bool, device=tokens.device).triu(1)
     for layer in range(flags.n_layers):
         own = {k: p[layer] for k, p in params.items()} if flags.n_layers > 1 else params
@@ -348,11 +348,12 @@ def evaluate_of(flags):
 
 def pace(loss):
     """By which share training twice as long would lower loss [T, R], at the pace of its last fifth;
-    a loss below 1e-6 nats is at its end."""
+    a loss below 1e-6 nats is at its end, and one that doubles or more counts as -1."""
     last = np.arange(4 * len(loss) // 5, len(loss))
     x = np.log(last + 1)
     x -= x.mean()
-    return 1 - 2. ** (x @ np.log(np.maximum(loss[last], 1e-6)) / (x @ x))
+    slope = x @ np.log(np.maximum(loss[last], 1e-6)) / (x @ x)
+    return np.maximum(1 - 2. ** slope, -1)
 
 
 def train(flags, folder, start=start):
@@ -400,7 +401,9 @@ def labels(arrays):
     words = np.full(len(arrays["seed"]), "", object)
     for k in OWN:
         if len({*arrays[k].tolist()}) > 1:
-            words += [{"True": f" {k}", "False": ""}.get(f"{x}", f" {k}={x}") for x in arrays[k]]
+            name = " " if arrays[k].dtype.kind == "U" else f" {k}="
+            words += [{"True": f" {k}", "False": ""}.get(f"{x}", f"{name}{x}") for x in arrays[k]]
+    words[words == ""] = "none"
     return words
 
 
@@ -415,29 +418,29 @@ def strip(ax, arrays, x, y, name, colour, style="-", **fields):
     """A dot for each run with these fields, hollow where its loss is still falling, and a line through
     the medians over runs."""
     mine = pick(arrays, **fields) & np.isfinite(arrays[y])
+    if not mine.any():
+        return
     at, value, falling = (arrays[k][mine] for k in (x, y, "falling"))
     ax.scatter(at, value, 9, np.where(falling > .05, "none", colour), edgecolors=colour)
     places = np.unique(at)
-    if len(places):
-        ax.plot(places, [np.median(value[at == x]) for x in places], style, color=colour, label=name)
+    ax.plot(places, [np.median(value[at == x]) for x in places], style, color=colour, label=name)
 
 
-def in_order(arrays):
-    """Names of the configurations, by their median divergence, and where each run stands there [R]."""
+def in_order(ax, arrays):
+    """The place of each run [R] on an axis of configurations, sorted by their median divergence."""
     words = labels(arrays)
     level = {name: np.nanmedian(arrays["loss"][words == name]) for name in words}
     names = sorted(level, key=level.get)
-    return names, np.array([names.index(name) for name in words])
+    ax.set_xticks(range(len(names)), names, rotation=90)
+    return np.array([names.index(name) for name in words])
 
 
 def draw_levels(arrays, flags, title):
     """The final divergence of every configuration."""
-    names, place = in_order(arrays)
-    figure, (ax,) = common.panels(1, title, flags, size=(2.5 + .25 * len(names), 6))
-    arrays = arrays | {"place": place}
+    figure, (ax,) = common.panels(1, title, flags, size=(8, 6))
+    arrays = arrays | {"place": in_order(ax, arrays)}
     strip(ax, arrays, "place", "loss", "median of runs (hollow: still falling)", BLUE, "_")
-    common.shelf(ax, np.nanmean(arrays["uniform"]), "answers uniformly: log N - H")
-    ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    common.shelf(ax, np.nanmean(arrays["uniform"]), "answers uniformly: log N - H", side="left")
     finish(ax, "", f"divergence after {flags.steps} steps (nats)", log="y")
     return figure
 
@@ -464,7 +467,7 @@ def best_vectors(U, after, iterations=40):
     def newton(c):
         q = (c @ U.T).softmax(1)
         mean, covariance = moments(q, U)
-        ridge = 1e-15 * (U * U).sum() * torch.eye(U.shape[1])
+        ridge = (1e-15 * (U * U).sum() + 1e-30) * torch.eye(U.shape[1])
         return q, mean, torch.linalg.solve(covariance + ridge, (after - q) @ U)
     f = value(c)
     for _ in range(iterations):
@@ -551,19 +554,19 @@ class Dynamics(Study):
             "after 500 steps; its infimum is 0)", "notes: optimal baseline", exact / low, ">", 10)
 
     def draw_dynamics(arrays, flags):
-        kinds, words = np.unique(arrays["nb_3"])[:2], labels(arrays)
+        kinds, words = np.unique(arrays["nb_3"])[:2], labels(arrays | {"nb_3": 0 * arrays["nb_3"]})
         figure, axes = common.panels(2 * len(kinds), "How fast is an n-gram law learned, from its "
                                      "probabilities or from draws?", flags)
         for nb_3, loss, accuracy in zip(kinds, axes[::2], axes[1::2]):
             mine = pick(arrays, nb_3=nb_3)
             common.shelf(loss, arrays["uniform"][mine].mean(), "answers uniformly: log N - H")
             common.shelf(accuracy, 1 / flags.n_tokens, "chance 1/N")
-            common.shelf(accuracy, arrays["ceiling"][mine].mean(), "ceiling E[max pi_3]", side="left")
+            common.shelf(accuracy, arrays["ceiling"][mine].mean(), "ceiling E[max pi_3]")
             for ax, key, unit in (loss, "loss", "divergence (nats)"), (accuracy, "accuracy", "accuracy"):
-                for name, colour in zip(dict.fromkeys(words[mine]), common.COLOURS * 2):
-                    y = arrays[f"eval_{key}"][:, words == name]
+                for name, colour in zip(dict.fromkeys(words), common.COLOURS * 2):
+                    y = arrays[f"eval_{key}"][:, mine & (words == name)]
                     common.band(ax, arrays["eval_step"], y, name, colour)
-                finish(ax, "step", unit, f"{flags.law}, nb_3 = {nb_3}", xscale="symlog", xlim=(0, None))
+                finish(ax, "step", unit, f"{flags.law}, nb_3 (answers a context): {nb_3}", xscale="symlog")
         return figure
 
 
@@ -588,8 +591,8 @@ class Freeze(Study):
             mine = pick(arrays, **Freeze.frozen(*names))
             share = arrays["loss"][mine] / arrays["uniform"][mine]
             undecided = (arrays["falling"][mine] > .05) & (share > limit)
-            say(id, f"training {words} leaves less than {limit:.0%} of the uniform divergence (above, "
-                "but still falling: no vote)", source, np.where(undecided, np.nan, share), "<", limit)
+            say(id, f"training {words} leaves less than {limit:.0%} of the uniform divergence (no vote "
+                "while above it and falling)", source, np.where(undecided, np.nan, share), "<", limit)
         settled(arrays, say)
 
     def draw_freeze(arrays, flags):
@@ -648,7 +651,7 @@ class Scaling(Study):
             strip(ax, arrays, x, "loss", "transformer", BLUE, **base)
             strip(ax, arrays, x, "loss", "low-rank", ORANGE, **base | dict(model="low-rank"))
             strip(ax, arrays, x, "uniform", "answers uniformly", "grey", "--", **base)
-            finish(ax, x, log="y" if ax.lines else "")
+            finish(ax, x, log="y")
         return figure
 
     def draw_model(arrays, flags):
@@ -737,7 +740,7 @@ class Attention(Study):
             ax.axhline(occurs.sum() - .5, color="white", lw=.8)
         for key, colour, name in ("singular_start", "grey", "untrained"), ("singular", BLUE, "trained"):
             lines = arrays[key].reshape(-1, len(occurs))
-            common.band(last, np.arange(len(occurs)) + 1, lines.T, name + " heads", colour)
+            common.band(last, np.arange(len(occurs)) + 1, lines.T, f"{name} heads, all seeds", colour)
         finish(last, "index", "singular value of the map", log="xy", ylim=(1e-4, None))
         return figure
 
@@ -793,7 +796,7 @@ class Heads(Study):
         b.axvline(0, color="grey")
         for ax in a, b, d:
             ax.axhline(0, color="grey")
-        d.axvline(answer[example], ls="--")
+        d.axvline(answer[example], ls="--", color="grey")
         finish(a, "attention to the first token", "correct - best wrong logit", "one head alone (solo)")
         finish(b, "margin of the head alone", "margin of the sum", "all heads (group)")
         finish(d, f"token (dashed: the answer {answer[example]})", "coefficient in the basis of U",
@@ -987,13 +990,12 @@ class Optimum(Study):
         settled(arrays, say)
 
     def draw_optimum(arrays, flags):
-        names, place = in_order(arrays)
-        figure, (ax,) = common.panels(1, "How good is the analytic context vector, law by law?", flags)
+        figure, (ax,) = common.panels(1, "How good is the analytic context vector?", flags, size=(5, 5))
+        place = in_order(ax, arrays)
         for k, colour in ("trained", BLUE), ("w_star", RED), ("least_squares", GREEN):
             more = {"law": place, "ratio": arrays[k] / arrays["newton"]}
             strip(ax, arrays | more, "law", "ratio", k, colour, "_")
-        ax.set_xticks(range(len(names)), names, fontsize=7)
-        finish(ax, "", "divergence over the Newton optimum given U", log="y")
+        finish(ax, "", "divergence / optimum given U")
         return figure
 
 
@@ -1086,10 +1088,10 @@ class Capacity(Study):
         for found, look, name in (slope, "o", "measured"), (Capacity.paper_slope, "k+", "paper"):
             b.plot(found.keys(), [np.median(y) * full for y in found.values()], look, label=name)
         b.plot((3, 13), (3, 13), "--", color="grey", label="theorem: d_head")
-        finish(a, "heads", "accuracy", "heads as wide as the stream", ylim=(0, 1.05))
+        finish(a, "heads", "accuracy", "heads as wide as the stream")
         finish(b, "d", "associations per head", "slope of accuracy x N^2 / (1 - 1/N)", "xy")
-        finish(c, "d_head", "accuracy", "wider heads", ylim=(0, None))
-        finish(e, "parameters", "accuracy", "N=70: heads, or an MLP as large", ylim=(0, None))
+        finish(c, "d_head", "accuracy", "wider heads")
+        finish(e, "parameters", "accuracy", "N=70: heads, or an MLP as large")
         return figure
 
 

@@ -2,6 +2,7 @@
 import contextlib
 import importlib
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import common
 import common_v1
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["exp_addition"]  # those that stand on the new common.py
+SCRIPTS = ["exp_addition", "exp_ngram_superposition"]  # those that stand on the new common.py
 STUDIES = [(name, study) for name in SCRIPTS for study in importlib.import_module(name).STUDIES]
 
 
@@ -39,6 +40,14 @@ def run(exp, line, path=None):
     """The exit status of a command line of a script."""
     words = line.split() if isinstance(line, str) else line
     return common.main(exp.Flags, exp.STUDIES, [*words, *(["--out", str(path)] if path else [])])
+
+
+def ledger(script, experiment, study):
+    """(heading, {id: verdict}) of a study in figures/SCRIPT.md."""
+    text = (ROOT / f"figures/{script}.md").read_text()
+    heading, section = re.search(rf"### {experiment}, {study}: (.*)\n((?:\n|\|.*\n)+)", text).groups()
+    rows = dict(re.findall(r"(?m)^\| (\S+) \| .* \| (\w+) \|$", section))
+    return heading, {id: verdict for id, verdict in rows.items() if id not in ("claim", "---")}
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import common
 import exp_addition as exp
-from conftest import ROOT, run
+from conftest import ROOT, ledger, run
 
 torch.set_num_threads(1)
 Anatomy = exp.Anatomy
@@ -370,7 +370,7 @@ def test_the_notes_rows_are_judged_by_what_they_say():
         return {c["id"]: c["holds"] for c in claims}
     never = math.inf
     first = verdicts(*[(1, never)] * 4, *[(2, never)] * 4)
-    assert [*first] == [*ledger("sweep")[1]]
+    assert [*first] == [*ledger("addition", "addition", "sweep")[1]]
     assert first["t1"] is True  # one head: stuck, as the notes say
     assert first["t2"] is False  # two heads should converge: a step that never comes is no step
     second = verdicts(*[(1, 900.)] * 4, *[(2, 900.)] * 3, (2, never))
@@ -389,14 +389,6 @@ def test_the_rule_for_waiting_times_has_the_error_rates_that_it_says(shape, pass
     assert common.judge("", *exp.Sweep.waiting(np.array([1., 2, np.inf, 3]), g))["holds"] is None
 
 
-def ledger(study):
-    """(heading, {id: verdict}) of a study in figures/addition.md."""
-    text = (ROOT / "figures/addition.md").read_text()
-    heading, section = re.search(rf"### addition, {study}: (.*)\n((?:\n|\|.*\n)+)", text).groups()
-    rows = dict(re.findall(r"(?m)^\| (\S+) \| .* \| (\w+) \|$", section))
-    return heading, {id: verdict for id, verdict in rows.items() if id not in ("claim", "---")}
-
-
 @pytest.mark.parametrize("study", ["digit", "theory", "all", "anatomy", "spikes"])
 def test_the_ledger_holds_what_the_code_claims(study, tmp_path):
     """figures/addition.md has the ids that a run makes now; README's counts are those of the ledger."""
@@ -404,7 +396,7 @@ def test_the_ledger_holds_what_the_code_claims(study, tmp_path):
     assert run(exp, f"--smoke --study {study}", tmp_path / "r") == 0
     arrays, ids = common.read(tmp_path / "r/arrays.npz"), []
     room.claims(arrays, lambda id, *rest: ids.append(id))
-    heading, found = ledger(study)
+    heading, found = ledger("addition", "addition", study)
     verdicts = [*found.values()]
     assert [*found] == ids
     assert f"{verdicts.count('holds')} holds, {verdicts.count('FALSE')} FALSE, {verdicts.count('open')} open" in heading

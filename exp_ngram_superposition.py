@@ -7,9 +7,9 @@ for uniform answers. Model: attention reads E[x] + P, residual stream E[x2] + su
 residual U^T; low-rank: a free vector for each context, logits = C U^T. With two tokens attention is one
 sigmoid per head and pair, so a step works on tables of tokens and never forms a sequence.
 
-    python exp_ngram_superposition.py                          DEFAULT_TIME: how fast is a law learned?
-    python exp_ngram_superposition.py --study freeze           FREEZE_TIME: which parts hold the memory?
-    python exp_ngram_superposition.py --study superposition    SUPER_TIME: how do tokens share room?
+    python exp_ngram_superposition.py                          70 s: how fast is a law learned?
+    python exp_ngram_superposition.py --study freeze           2 minutes: which parts hold the memory?
+    python exp_ngram_superposition.py --study superposition    5 minutes: how do tokens share room?
 
 Claims quote research notes, an n-gram notebook, and the paper whose experiments these are: Dana, Pydi &
 Chevaleyre, "Memorization in Attention-only Transformers" (2024)."""
@@ -566,7 +566,7 @@ class Dynamics(Study):
                 for name, colour in zip(dict.fromkeys(words), common.COLOURS * 2):
                     y = arrays[f"eval_{key}"][:, mine & (words == name)]
                     common.band(ax, arrays["eval_step"], y, name, colour)
-                finish(ax, "step", unit, f"{flags.law}, nb_3 (answers a context): {nb_3}", xscale="symlog")
+                finish(ax, "step", unit, f"{flags.law}, answers a context: {nb_3}", xscale="symlog")
         return figure
 
 
@@ -880,7 +880,7 @@ class Superposition(Study):
                 strip(ax, arrays, "d_model", "loss", name, colour, importance=k, **many, **kind)
             kind = kind | dict(importance=0.)
             strip(axes[2], arrays, "n_heads", "loss", name, colour, d_model=d, **kind)
-            pairs = ("alignment", BLUE, "context, its token"), ("opposite", RED, "two tokens")
+            pairs = ("alignment", BLUE, "context, its token"), ("opposite", RED, "token, its opposite")
             for key, shade, words in pairs:
                 strip(axes[3], arrays, "d_model", key, f"{words}: {name}", shade, style, **many, **kind)
         for ax, k in zip(axes, (0., 2.)):

@@ -5,7 +5,7 @@ Law: tokens x1 ~ pi_1 and x2 ~ pi_2(. | x1) are drawn; the model answers with a 
 pi_3(. | x1, x2). Loss: the exact sum over contexts of pi_1 pi_2 KL(pi_3 || model) in nats; log N - H(pi)
 for uniform answers. Model: attention reads E[x] + P, residual stream E[x2] + sum of heads, logits =
 residual U^T; low-rank: a free vector for each context, logits = C U^T. With two tokens attention is one
-sigmoid per head and pair, so a step works on tables of tokens and never forms a sequence.
+sigmoid per head and pair: a step of one layer works on tables of tokens and forms no sequence.
 
     python exp_ngram_superposition.py                          70 s: how fast is a law learned?
     python exp_ngram_superposition.py --study freeze           2 minutes: which parts hold the memory?
@@ -123,10 +123,11 @@ def last_position_law(flags, generator):
 def gen_d_law(flags, generator):
     """pi_3 = softmax(0.1 W z), z ~ N(0, I_dim) for each context, W [N, dim] the first columns of the
     identity, or of a Gaussian matrix."""
-    N, dim = flags.n_tokens, flags.dim
+    N = flags.n_tokens
     W = torch.eye(N) if flags.axis_aligned else torch.randn(N, N, generator=generator)
-    z = torch.randn(N * N, dim, generator=generator).double()
-    return uniform_pairs((.1 * z @ W[:, :dim].double().T).softmax(-1))
+    W = W[:, :flags.dim].double()
+    z = torch.randn(N * N, W.shape[1], generator=generator).double()
+    return uniform_pairs((.1 * z @ W.T).softmax(-1))
 
 
 def almost_rank_d_law(flags, generator):
@@ -210,7 +211,7 @@ def divergence(logits, number):
 def init(flags, generator):
     """Parameters of one run: E [N, d], P [2, d], U [N, d]; W_Q, W_K, W_V [H, d, d_head], W_O [H, d_head,
     d]; W_in, b_in, W_out of an MLP; of more layers with a leading axis. Low-rank: C [N^2, d], U. Uniform
-    within +- bound, as torch's layers have them."""
+    within a bound of 1 / sqrt(inputs), as nn.Linear has it."""
     N, d, H, width, m = flags.n_tokens, flags.d_model, flags.n_heads, flags.head_width, flags.d_mlp
     layers, read = [flags.n_layers] * (flags.n_layers > 1), d if H else 2 * d
     shapes, bounds = {"E": (N, d), "P": (2, d), "U": (N, d)}, {}
@@ -243,7 +244,7 @@ def stream(flags, params, tokens, number):
     T, x = tokens.shape[1], look_up(params["E"].T, tokens.flatten()).T.unflatten(0, tokens.shape)
     future = torch.ones(T, T, dtype=torch.bool, device=tokens.device).triu(1)
     for layer in range(flags.n_layers):
-        own = {k: p[layer] for k, p in params.items()} if flags.n_layers > 1 else params
+        own = {k: p[layer] for k, p in params.items() if "_" in k} if flags.n_layers > 1 else params
         qk, ov = reads(x, params["P"][:T], number)
         x = ~number["skip_residual"] * x
         if flags.n_heads:
@@ -348,11 +349,11 @@ def evaluate_of(flags):
 
 def pace(loss):
     """By which share training twice as long would lower loss [T, R], at the pace of its last fifth;
-    a loss below 1e-6 nats is at its end, and one that doubles or more counts as -1."""
+    a loss below 1e-4 nats is at its end; one that would double or more counts as -1."""
     last = np.arange(4 * len(loss) // 5, len(loss))
     x = np.log(last + 1)
     x -= x.mean()
-    slope = x @ np.log(np.maximum(loss[last], 1e-6)) / (x @ x)
+    slope = x @ np.log(np.maximum(loss[last], 1e-4)) / (x @ x)
     return np.maximum(1 - 2. ** slope, -1)
 
 
@@ -494,22 +495,25 @@ def centred_log(number):
 
 def without_zeros(flags):
     """Stop unless the law has logarithms, and d dimensions or more but fewer than tokens."""
-    enough = flags.d_model <= flags.dim <= flags.n_tokens > flags.d_model
-    if flags.law not in ("gen_d", "almost_rank_d") or not enough:
+    run = common.groups_of_runs(flags)[0][0]
+    enough = run.d_model <= run.dim <= run.n_tokens > run.d_model
+    if run.law not in ("gen_d", "almost_rank_d") or not enough:
         raise common.Stop(f"--study {flags.study} takes --law gen_d or almost_rank_d, --d-model below "
                           "--n-tokens, and --dim from --d-model to --n-tokens")
 
 
 def attention_only(flags):
     """Stop unless every run is one layer of attention, of one shape."""
-    if (flags.model, flags.n_layers, flags.d_mlp) != ("transformer", 1, 0) or not flags.n_heads:
+    (run, *_), *others = common.groups_of_runs(flags)
+    if (run.model, run.n_layers, run.d_mlp) != ("transformer", 1, 0) or not run.n_heads:
         raise common.Stop(f"--study {flags.study} takes apart attention only: --n-layers 1 --d-mlp 0")
-    if len(common.groups_of_runs(flags)) > 1:
+    if others:
         raise common.Stop(f"--study {flags.study} compares runs of one shape: sweep lr, alpha_1, ..")
 
+
 def settled(arrays, say):
-    say("settled", "the runs have settled: at the pace of their last fifth, twice as many steps would "
-        "lower the loss by less than 5 %", "this project", arrays["falling"], "<", .05)
+    say("settled", "three quarters of the runs have settled: at the pace of their last fifth, as many steps "
+        "again change the loss by under 5 %", "this project", np.abs(arrays["falling"]), "<", .05)
 
 # ==== Studies ========================================================================================
 class Study(common.Study):
@@ -541,7 +545,7 @@ class Dynamics(Study):
             return arrays[key][..., pick(arrays, nb_3=nb_3, sampled=sampled, next_token=next_token,
                                          model=model)]
         apart = np.abs(of("eval_loss", 1) - of("eval_loss", 1, next_token=True)).max(0)
-        say("same-for-a-table", "of a look-up table, full divergence and next-token training are one "
+        say("same-for-a-table", "on a look-up table, full divergence and next-token training are one "
             "(an identity, checked; largest difference in nats)", "notes: draws them as two curves for "
             "nb = [40, 40, 1], where a context has one answer", apart, "<", 1e-6)
         say("law-beats-draws", "with 4 answers a context, training on the law ends lower than on "
@@ -554,7 +558,7 @@ class Dynamics(Study):
             "after 500 steps; its infimum is 0)", "notes: optimal baseline", exact / low, ">", 10)
 
     def draw_dynamics(arrays, flags):
-        kinds, words = np.unique(arrays["nb_3"])[:2], labels(arrays | {"nb_3": 0 * arrays["nb_3"]})
+        kinds, words = np.unique(arrays["nb_3"]), labels(arrays | {"nb_3": 0 * arrays["nb_3"]})
         figure, axes = common.panels(2 * len(kinds), "How fast is an n-gram law learned, from its "
                                      "probabilities or from draws?", flags)
         for nb_3, loss, accuracy in zip(kinds, axes[::2], axes[1::2]):
@@ -566,7 +570,7 @@ class Dynamics(Study):
                 for name, colour in zip(dict.fromkeys(words), common.COLOURS * 2):
                     y = arrays[f"eval_{key}"][:, mine & (words == name)]
                     common.band(ax, arrays["eval_step"], y, name, colour)
-                finish(ax, "step", unit, f"{flags.law}, answers a context: {nb_3}", xscale="symlog")
+                finish(ax, "step", unit, f"{flags.law}, answers per context: {nb_3}", xscale="symlog")
         return figure
 
 
@@ -590,9 +594,9 @@ class Freeze(Study):
                 ("attention-stores", "this project", "W_Q, W_K, W_V alone", .1, "e", "o", "u")):
             mine = pick(arrays, **Freeze.frozen(*names))
             share = arrays["loss"][mine] / arrays["uniform"][mine]
-            undecided = (arrays["falling"][mine] > .05) & (share > limit)
-            say(id, f"training {words} leaves less than {limit:.0%} of the uniform divergence (no vote "
-                "while above it and falling)", source, np.where(undecided, np.nan, share), "<", limit)
+            undecided = (share > limit) & (share * (1 - arrays["falling"][mine]) < limit)
+            say(id, f"training {words} leaves under {limit:.0%} of the uniform loss (20,000 steps; "
+                "no vote if 40,000 could tell)", source, np.where(undecided, np.nan, share), "<", limit)
         settled(arrays, say)
 
     def draw_freeze(arrays, flags):
@@ -637,8 +641,8 @@ class Scaling(Study):
             say(f"scaling-{field}", f"{field} {low} -> {high} lowers the divergence (at 1,500 steps)",
                 "notes: measuring different scaling laws; the sentence is ours", many / few, "<", 1)
         one, two = ([loss(Scaling.split(flags, heads, n)) for n in (1, 2, 4, 8)] for heads in (1, 2))
-        say("split-heads", "of the same numbers, heads as wide as the stream end lower than twice as "
-            "many half as wide (1,500 steps; ratio, geometric mean over 1, 2, 4, 8 parallel layers)",
+        say("split-heads", "with as many parameters, heads as wide as the stream end lower than twice "
+            "as many half as wide (1,500 steps; ratio, geometric mean over 1, 2, 4, 8 parallel layers)",
             "notes: nb_head, parallel_heads; the sentence is ours",
             np.exp(np.log(np.divide(one, two)).mean(0)), "<", 1)
         settled(arrays, say)
@@ -663,7 +667,7 @@ class Scaling(Study):
                               "Divergence against the law's size, and with an MLP")
 
     def draw_split(arrays, flags):
-        figure, (ax,) = common.panels(1, "The same numbers in one, two or four heads a layer\n"
+        figure, (ax,) = common.panels(1, "As many parameters in one, two or four heads a layer\n"
                                       "(hollow: still falling)", flags)
         for heads, colour in zip((1, 2, 4), (BLUE, RED, GREEN)):
             layers, fields = arrays["n_heads"] / heads, Scaling.split(flags, heads, 1)
@@ -693,11 +697,9 @@ class Skips(Study):
         def level(skipped):
             return arrays["loss"][pick(arrays, **{name: name == skipped for name in Skips.paths})]
         for name, words in Skips.paths.items():
-            say(name.replace("_", "-"), f"without {words} it is 10 % higher (ratio at 1,500 steps)",
+            say(name.replace("_", "-"), f"without {words} the divergence is 10 % higher (1,500 steps)",
                 "notes: effect of architectural modifications; the sentence is ours",
                 level(name) / level("none"), ">", 1.1)
-        say("positions-hurt-scores", "without positions in the scores it is less than half (1,500 "
-            "steps; ratio)", "this project", level("skip_pos_qk") / level("none"), "<", .5)
         settled(arrays, say)
 
     def draw_skips(arrays, flags):
@@ -725,8 +727,8 @@ class Attention(Study):
                 "singular_start": torch.linalg.svdvals(first), "rank_one": energy[:, 0] / energy.sum(1)}
 
     def claims(arrays, say):
-        say("near-rank-one", "every head's map has one direction, with .9 of the energy over the first "
-            "tokens that occur, its mean taken out (least head)",
+        say("near-rank-one", "every head's map has one direction (1,500 steps), with .9 of the energy "
+            "over first tokens that occur and all second ones, its mean taken out (least head)",
             "notes: prints singular values; the threshold is ours", arrays["rank_one"].min(1), ">", .9)
 
     def draw_attention(arrays, flags):
@@ -736,7 +738,7 @@ class Attention(Study):
         for h, ax in enumerate(axes):
             order = np.argsort(~occurs, kind="stable")
             common.image(ax, maps[h][order], f"head {h}: probability of the first token", figure,
-                         "second token", "first token", (0, 1))
+                         "second token", "first token, those that occur first", (0, 1))
             ax.axhline(occurs.sum() - .5, color="white", lw=.8)
         for key, colour, name in ("singular_start", "grey", "untrained"), ("singular", BLUE, "trained"):
             lines = arrays[key].reshape(-1, len(occurs))
@@ -833,7 +835,7 @@ class Superposition(Study):
             """A transformer with a frozen U has that of the low-rank model, trained before it."""
             state, twin = start(run), replace(run, model="low-rank", freeze_u=False)
             for i, runs in enumerate(groups):
-                if run.freeze_u and twin in runs:
+                if run.freeze_u and twin in runs and run not in runs:
                     saved = common.read(folder / f"group{i}" / "checkpoint.pt")
                     state["params"]["U"] = saved["params"]["U"][runs.index(twin)]
             return state
@@ -859,14 +861,14 @@ class Superposition(Study):
             "this project", full / low, "<", 1.05)
         say("frozen-U", "a U frozen at the low-rank model's costs less than 10 % (ratio)",
             "notes: a line freezes U at the low-rank W_U; the sentence is ours", frozen / full, "<", 1.1)
-        say("full-rank-zero", "d = N - 1 reaches zero: softmax sees no more directions", "theory",
+        say("full-rank-zero", "low-rank, d = N - 1 is zero: softmax sees no more directions", "theory",
             of("loss", d_model=9), "<", 1e-4)
-        say("aligned", "a context's vector points at its token: mean cosine above .7",
+        say("aligned", "low-rank, a context's vector points at its token: mean cosine above .7",
             "notes: the cosimilarity between the w_e(z) and the expected right w_u(g(z))",
             of("alignment"), ">", .7)
-        say("simplex", "at d = N - 1 the rows of U form a simplex: cosines are -1/(N-1), to .1 rms",
+        say("simplex", "low-rank, d = N - 1: the rows of U form a simplex: cosines are -1/(N-1), rms .1",
             "Elhage et al. 2022, Toy Models of Superposition", of("simplex_error", d_model=9), "<", .1)
-        say("antipodal", "at d = N/2 tokens share directions in antipodal pairs (cosine)",
+        say("antipodal", "low-rank, d = N/2: every token has an antipodal one (mean cosine)",
             "Elhage et al. 2022, Toy Models of Superposition", of("opposite"), "<", -.95)
         settled(arrays, say)
 
@@ -889,7 +891,7 @@ class Superposition(Study):
         common.shelf(axes[3], -1 / (flags.n_tokens - 1), "simplex: -1/(N-1)")
         common.shelf(axes[3], -1, "antipodal pairs")
         finish(axes[2], "heads (low-rank: none)", title=f"d_model = {d}", log="xy")
-        finish(axes[3], "d_model", "mean cosine", "k = 0 (U centred)", ylim=(-1.08, 1.05))
+        finish(axes[3], "d_model", "mean cosine", "k = 0 (U centred)")
         return figure
 
     def draw_gram(arrays, flags):
@@ -933,7 +935,7 @@ class Subspace(Study):
         say("spans-leading", "U spans nearly the leading directions: every distance is below half that "
             "of random ones, 2.11 (in the note 2.24: with the all-ones direction)",
             "notes: distance between W_U and low rank log-prob", most, "<", 1.054)
-        say("alignment-matters", "laws of over d dimensions are followed closer if axis-aligned (ratio)",
+        say("alignment-matters", "aligned laws of over d dimensions are followed more closely (ratio)",
             "notes: the two curves; the sentence is ours", np.divide(on, off), "<", 1)
         settled(arrays, say)
 
@@ -962,11 +964,12 @@ class Optimum(Study):
         return [dict(eig_high=high, eig_low=low) for high, low in Optimum.laws]
 
     def measure(run, params, number):
-        C, U, after, d = params["C"], params["U"], number["after"].T, run.d_model
+        e, U, after = residual(run, params, number).T, params["U"], number["after"].T
         (value, lower), mean = best_vectors(U, after), lambda x: (number["weight"] * x).sum()
         left, values, right = torch.linalg.svd(centred_log(number), False)
-        logits = dict(trained=C @ U.T, w_star=Optimum.w_star(U, after) @ U.T,
-                      least_squares=left[:, :d] * values[:d] @ right[:d])
+        values[run.d_model:] = 0
+        logits = dict(trained=e @ U.T, w_star=Optimum.w_star(U, after) @ U.T,
+                      least_squares=left * values @ right)
         return {k: divergence(z.T, number) for k, z in logits.items()} | {
             "newton": mean(value), "newton_gap": mean(value - lower)}
 
@@ -985,7 +988,7 @@ class Optimum(Study):
             mine, law = pick(arrays, eig_high=high, eig_low=low), f"singular values {high:g}, {low:g}"
             say(f"w-star-{high:g}-{low:g}", f"{law}: w* is within 10 % of the optimum (ratio)",
                 "notes: w_e", (star / newton)[mine], "<", 1.1)
-            say(f"order-{high:g}-{low:g}", f"{law}: w* is better than least squares (ratio)",
+            say(f"order-{high:g}-{low:g}", f"{law}: w* beats least squares of log pi_3 (ratio)",
                 "notes: th, least-square", (star / least)[mine], "<", 1)
         settled(arrays, say)
 
@@ -1052,7 +1055,7 @@ class Capacity(Study):
         stored = Capacity.theorem(arrays["n_tokens"], arrays["n_heads"] * width + arrays["d_model"])
         spare = (arrays["accuracy"] - stored)[arrays["d_mlp"] == 0]
         say("theorem", "training finds the H d_head + d associations that the theorem constructs "
-            "(d_head at most d; accuracy, difference)", "paper: theorem", spare, ">", 0)
+            "(d_head at most d; 2,000 steps; accuracy, difference)", "paper: theorem", spare, ">", 0)
         slope = Capacity.slopes(arrays, 50)
         for d, value in Capacity.paper_slope.items():
             say(f"slope-{d}", f"d={d}: a head adds the accuracy {value}, within 10 % (ratio)",
@@ -1067,7 +1070,7 @@ class Capacity(Study):
             Capacity.power(*zip(*Capacity.paper_slope.items())), ">", 2)
         for d, H in product((7, 10, 13), (6, 11)):
             ratio = of(70, d, 0, 0, Capacity.mlp(d, H)) / of(70, d, H)
-            say(f"mlp-{d}-{H}", f"N=70, d={d}: an MLP stores more than {H} heads of its size (ratio)",
+            say(f"mlp-{d}-{H}", f"N=70, d={d}: an MLP as large stores more than {H} heads (ratio)",
                 "paper: both scalings are the same", ratio, ">", 1)
         settled(arrays, say)
 

@@ -18,11 +18,11 @@ import pytest
 import common_v1 as common
 from conftest import alike, arrays_of
 
-# five frozen scripts: their faults are the long form's, FAULTS=1 or more
+# four frozen scripts: their faults are the long form's, FAULTS=1 or more
 pytestmark = [pytest.mark.slow, pytest.mark.skipif("FAULTS" not in os.environ, reason="the first edition, unchanged")]
 ROOT = Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("FAULTS", 1))  # moments for each script
-STUDY = {"ngram_superposition": "--study dynamics", "iteration_head": "--study base",
+STUDY = {"iteration_head": "--study base",
          "layernorm_landscape": "--study landscape", "gpt2_paths": "--study train-mini", "esn_genetic": "--study evolve"}
 MOMENTS = "drawing", "stepping", "writing", "plotting"
 

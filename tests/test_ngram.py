@@ -121,7 +121,7 @@ def test_draws_follow_the_law():
 
 # ---- model ----------------------------------------------------------------------------------------------------------
 
-OPTIONS = [{}, dict(d_head=2), dict(d_head=7, n_heads=1), dict(d_mlp=5), dict(d_mlp=5, n_heads=0), dict(n_layers=2, d_mlp=3),
+OPTIONS = [{}, dict(d_head=2), dict(d_head=7, n_heads=1), dict(d_mlp=5), dict(d_mlp=5, n_heads=0), dict(n_layers=3, d_mlp=3),
            dict(skip_residual=True), dict(skip_pos_qk=True, skip_tok_ov=True), dict(skip_tok_qk=True, skip_pos_ov=True)]
 
 

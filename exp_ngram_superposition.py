@@ -428,9 +428,9 @@ def strip(ax, arrays, x, y, name, colour, style="-", **fields):
 
 
 def in_order(ax, arrays):
-    """The place of each run [R] on an axis of configurations, sorted by their median divergence."""
+    """The place of each run [R] on an axis of configurations, sorted by their least divergence."""
     words = labels(arrays)
-    level = {name: np.nanmedian(arrays["loss"][words == name]) for name in words}
+    level = {name: np.sort(arrays["loss"][words == name])[0] for name in words}
     names = sorted(level, key=level.get)
     ax.set_xticks(range(len(names)), names, rotation=90)
     return np.array([names.index(name) for name in words])
@@ -512,8 +512,8 @@ def attention_only(flags):
 
 
 def settled(arrays, say):
-    say("settled", "three quarters of the runs have settled: at the pace of their last fifth, as many steps "
-        "again change the loss by under 5 %", "this project", np.abs(arrays["falling"]), "<", .05)
+    say("settled", "three quarters of the runs have settled: at the pace of their last fifth, as many "
+        "steps again change the loss by under 5 %", "this project", np.abs(arrays["falling"]), "<", .05)
 
 # ==== Studies ========================================================================================
 class Study(common.Study):

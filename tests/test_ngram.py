@@ -513,11 +513,12 @@ def test_every_claim_can_be_true_and_false(study):
         assert found.get("settled", True) is True and unsettled.get("settled", False) is False
 
 
-def test_a_run_that_still_falls_refutes_no_level():
+def test_a_run_that_could_still_cross_a_limit_has_no_vote():
     change = lambda a, falling, level: {"loss": a["uniform"] * level, "falling": a["seed"] * 0. + falling}
-    assert verdicts("freeze", lambda a: change(a, .2, .9))["only-O-stores"] is None
-    assert verdicts("freeze", lambda a: change(a, .01, .9))["only-O-stores"] is False
-    assert verdicts("freeze", lambda a: change(a, .2, .001))["only-O-stores"] is True
+    verdict = lambda falling, level: verdicts("freeze", lambda a: change(a, falling, level))
+    assert verdict(.2, .11)["only-O-stores"] is None and verdict(.01, .11)["only-O-stores"] is False
+    assert verdict(.2, .9)["only-O-stores"] is False and verdict(.2, .001)["only-O-stores"] is True
+    assert verdict(-.2, .001)["settled"] is False  # what rises has not settled
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -7,9 +7,9 @@ for uniform answers. Model: attention reads E[x] + P, residual stream E[x2] + su
 residual U^T; low-rank: a free vector for each context, logits = C U^T. With two tokens attention is one
 sigmoid per head and pair: a step of one layer works on tables of tokens and forms no sequence.
 
-    python exp_ngram_superposition.py                          70 s: how fast is a law learned?
+    python exp_ngram_superposition.py                          60 to 90 s: how fast is a law learned?
     python exp_ngram_superposition.py --study freeze           2 minutes: which parts hold the memory?
-    python exp_ngram_superposition.py --study superposition    5 minutes: how do tokens share room?
+    python exp_ngram_superposition.py --study superposition    6 minutes: how do tokens share room?
 
 Claims quote research notes, an n-gram notebook, and the paper whose experiments these are: Dana, Pydi &
 Chevaleyre, "Memorization in Attention-only Transformers" (2024)."""

@@ -166,19 +166,25 @@ def entropy(p, axis=0):
 
 def constants(flags, dtype=torch.float32):
     """The law of one run, as its step and evaluation read it. Of the contexts that occur: `context` [C],
-    their numbers (without it: all N^2); weight, entropy [C]; after [N, C], what follows them. To draw:
-    below [C], how many of the 2^32 hashes draw a context up to this one; sums [N, C], running sums of
-    `after`."""
+    their numbers (without it: all N^2); weight, entropy [C]; after [N, C], what follows them. With
+    --sampled: below [C], how many of the 2^32 hashes draw a context up to this one; sums [N, C], running
+    sums of `after`."""
     pi_1, pi_2, pi_3 = law_of(law_key(flags))
     weight = (pi_1[:, None] * pi_2).flatten()
     context = weight.nonzero()[:, 0]
     weight, after = weight[context], pi_3.flatten(0, 1)[context].T
-    sums, below = after.cumsum(0), weight.cumsum(0) / weight.sum() * 2 ** 32
     found = {"weight": weight, "entropy": entropy(after), "after": after.contiguous()}
+    found = {k: x.to(dtype) for k, x in found.items()}
     if flags.sampled:
-        found["sums"] = torch.where(sums > 1 - 1e-9, 2., sums)
-    found = {k: x.to(dtype) for k, x in found.items()} | {"below": below.round().long()}
+        sums = after.cumsum(0)
+        found["sums"] = torch.where(sums > 1 - 1e-9, 2., sums).to(dtype)
+        found["below"] = (weight.cumsum(0) / weight.sum() * 2 ** 32).round().long()
     return found | ({"context": context} if len(context) < flags.n_tokens ** 2 else {})
+
+
+def number_of(run, dtype=torch.float64):
+    """The flags that are numbers and the law of one run, as the functions below read them."""
+    return common.run_of(common.numbers([run], lambda run: constants(run, dtype)), 0)
 
 
 def contexts(flags, number):
@@ -300,8 +306,7 @@ def residual(flags, params, number):
     if flags.model == "low-rank":
         return look_up(params["C"].T, number["context"]) if pair else params["C"].T
     if flags.n_layers > 1 or not flags.n_heads:
-        tokens = torch.stack(contexts(flags, number), 1)
-        return stream(flags, params, tokens, number)[:, 1].T
+        return stream(flags, params, torch.stack(contexts(flags, number), 1), number)[:, 1].T
     own = ~number["skip_residual"] * params["E"].T
     own = look_up(own, pair[1]) if pair else own[:, None]
     x = (heads(params, number, pair)[1].sum(0) + own).flatten(1)
@@ -378,8 +383,7 @@ def train(flags, folder, start=start):
             common.write(folder / f"group{i}" / "arrays.npz", kept)
         for r, (run, falling) in enumerate(zip(t.runs, pace(t.metrics["loss"]))):
             params = {k: p[r].double().nan_to_num() for k, p in t.params.items()}
-            numbers = common.numbers([run], lambda run: constants(run, torch.float64))
-            number = common.run_of(numbers, 0)
+            number = number_of(run)
             row = evaluate_of(run)(params, number)
             if np.isnan(falling):  # diverged, or stopped before its end
                 row |= {"loss": math.nan, "accuracy": math.nan}
@@ -568,8 +572,8 @@ class Dynamics(Study):
             common.shelf(accuracy, arrays["ceiling"][mine].mean(), "ceiling E[max pi_3]")
             for ax, key, unit in (loss, "loss", "divergence (nats)"), (accuracy, "accuracy", "accuracy"):
                 for name, colour in zip(dict.fromkeys(words), common.COLOURS * 2):
-                    y = arrays[f"eval_{key}"][:, mine & (words == name)]
-                    common.band(ax, arrays["eval_step"], y, name, colour)
+                    common.band(ax, arrays["eval_step"],
+                                arrays[f"eval_{key}"][:, mine & (words == name)], name, colour)
                 finish(ax, "step", unit, f"{flags.law}, answers per context: {nb_3}", xscale="symlog")
         return figure
 
@@ -672,8 +676,8 @@ class Scaling(Study):
         for heads, colour in zip((1, 2, 4), (BLUE, RED, GREEN)):
             layers, fields = arrays["n_heads"] / heads, Scaling.split(flags, heads, 1)
             del fields["n_heads"]
-            name = f"heads a layer: {heads}"
-            strip(ax, arrays | {"layers": layers}, "layers", "loss", name, colour, **fields)
+            strip(ax, arrays | {"layers": layers}, "layers", "loss", f"heads a layer: {heads}", colour,
+                  **fields)
         finish(ax, "parallel attention layers", log="xy")
         return figure
 
@@ -733,13 +737,13 @@ class Attention(Study):
 
     def draw_attention(arrays, flags):
         maps, occurs = arrays["map"][0][:3], arrays["seen"][0].any(1)
-        title = "Which pairs make a head look at the first token? (first seed; above the line: occurs)"
-        figure, (*axes, last) = common.panels(len(maps) + 1, title, flags)
+        figure, (*axes, last) = common.panels(len(maps) + 1, "Which pairs make a head look at the first "
+                                              "token? (first seed; above the line: occurs)", flags)
+        order = np.argsort(~occurs, kind="stable")
         for h, ax in enumerate(axes):
-            order = np.argsort(~occurs, kind="stable")
             common.image(ax, maps[h][order], f"head {h}: probability of the first token", figure,
                          "second token", "first token, those that occur first", (0, 1))
-            ax.axhline(occurs.sum() - .5, color="white", lw=.8)
+            ax.axhline(occurs.sum() - .5, color="white")
         for key, colour, name in ("singular_start", "grey", "untrained"), ("singular", BLUE, "trained"):
             lines = arrays[key].reshape(-1, len(occurs))
             common.band(last, np.arange(len(occurs)) + 1, lines.T, f"{name} heads, all seeds", colour)
@@ -996,8 +1000,8 @@ class Optimum(Study):
         figure, (ax,) = common.panels(1, "How good is the analytic context vector?", flags, size=(5, 5))
         place = in_order(ax, arrays)
         for k, colour in ("trained", BLUE), ("w_star", RED), ("least_squares", GREEN):
-            more = {"law": place, "ratio": arrays[k] / arrays["newton"]}
-            strip(ax, arrays | more, "law", "ratio", k, colour, "_")
+            ratios = arrays | {"law": place, "ratio": arrays[k] / arrays["newton"]}
+            strip(ax, ratios, "law", "ratio", k, colour, "_")
         finish(ax, "", "divergence / optimum given U")
         return figure
 

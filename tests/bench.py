@@ -81,11 +81,15 @@ def row(name, runs, notebook, fused, draw, repeats, seconds, checked=False):
     ours = lambda n: fused(draw(n))["loss"]
     if not checked:
         agree(name, notebook, ours)
-    chunks = lambda n: [ours(common.CHUNK) for _ in range(n)]
-    lasting = lambda f, n: max(n, round(n * seconds / clock(f, n)))  # how many take about `seconds`
+    return line(name, runs, in_turns(notebook, ours, common.CHUNK, repeats, seconds), fused.compile_seconds)
+
+
+def in_turns(notebook, ours, chunk, repeats, seconds):
+    """Pairs of seconds a step, (notebook(n), ours(chunk) over and over), each measured for about so many seconds."""
+    chunks = lambda n: [ours(chunk) for _ in range(n)]
+    lasting = lambda f, n: max(n, round(n * seconds / clock(f, n)))
     steps, count = lasting(notebook, 3), lasting(chunks, 1)
-    pairs = [(clock(notebook, steps) / steps, clock(chunks, count) / (count * common.CHUNK)) for _ in range(repeats)]
-    return line(name, runs, pairs, fused.compile_seconds)
+    return [(clock(notebook, steps) / steps, clock(chunks, count) / (count * chunk)) for _ in range(repeats)]
 
 
 def line(name, runs, pairs, compile_seconds=0.):
@@ -183,17 +187,10 @@ def house_row(name, repeats, seconds, each, models, loss_of, drawn, begin, step,
 
     def ours(steps):
         return [program(steps)["loss"] for _ in blocks]  # every block goes through the same program
-    kept = house.to(at, program.state)
-    few = min(size, runs)
-    gap = (notebook(3, drawn)[:, :few] - program(3)["loss"].T[:, :few]).abs().max().item()
-    if not gap <= 1e-4:
-        raise SystemExit(f"{name}: the losses of notebook and ours differ by {gap:.2g}")
+    kept, few = house.to(at, program.state), min(size, runs)
+    agree(name, lambda n: notebook(n, drawn)[:, :few], lambda n: program(n)["loss"].T[:, :few])
     house.fill(program.state, kept)
-    lasting = lambda f, n: max(n, min(100, round(n * seconds / clock(f, n))))
-    theirs, mine = lasting(notebook, 2), lasting(ours, 10)
-    repeat = max(1, round(seconds / clock(ours, mine)))
-    again = lambda: [ours(mine) for _ in range(repeat)]
-    pairs = [(clock(notebook, theirs) / theirs, clock(again) / mine / repeat) for _ in range(repeats)]
+    pairs = in_turns(notebook, ours, house.READ, repeats, seconds)
     share = bound / statistics.median(x for _, x in pairs)
     return line(name, runs, pairs, compile_seconds) + f" {share:.0%} |"
 
@@ -255,10 +252,10 @@ def ngram_row(name, repeats, seconds, runs=1, **fields):
     models = [NgramModel(exp_ngram.start(run)["params"]) for run in each]
     table, batches = {}, {}
     for run in each:
-        number = house.run_of(house.numbers([run], exp_ngram.constants), 0)
+        number = exp_ngram.number_of(run, torch.float32)
         pairs = torch.stack(exp_ngram.contexts(run, number), 1)
         answer = number["after"].argmax(0)
-        table[run.seed] = number, pairs, answer
+        table[run.seed] = number
         if not flags.sampled:
             batches[run.seed] = itertools.repeat((pairs, answer))
             continue
@@ -273,10 +270,9 @@ def ngram_row(name, repeats, seconds, runs=1, **fields):
         return F.cross_entropy(model(tokens)[:, -1], answer)
 
     def ours(run, t):
-        number, pairs, answer = table[run.seed]
+        number = table[run.seed]
         seen = exp_ngram.drawn(run, number, torch.tensor(t)) if run.sampled else number
-        at = exp_ngram.contexts(run, seen)
-        return torch.stack(at, 1), seen["after"].argmax(0)
+        return torch.stack(exp_ngram.contexts(run, seen), 1), seen["after"].argmax(0)
     return house_row(name, repeats, seconds, each, models, loss_of, ours, exp_ngram.start, exp_ngram.step_of(flags),
                      exp_ngram.constants, weight_decay=0.)
 

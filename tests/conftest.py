@@ -42,12 +42,18 @@ def run(exp, line, path=None):
     return common.main(exp.Flags, exp.STUDIES, [*words, *(["--out", str(path)] if path else [])])
 
 
-def ledger(script, experiment, study):
-    """(heading, {id: verdict}) of a study in figures/SCRIPT.md."""
-    text = (ROOT / f"figures/{script}.md").read_text()
+def ledger(experiment, study, is_default=False):
+    """{id: verdict} of a study in figures/, whose heading (and, of a default study, README) has the counts of the verdicts."""
+    text = (ROOT / f"figures/{experiment.split('_')[0]}.md").read_text()
     heading, section = re.search(rf"### {experiment}, {study}: (.*)\n((?:\n|\|.*\n)+)", text).groups()
     rows = dict(re.findall(r"(?m)^\| (\S+) \| .* \| (\w+) \|$", section))
-    return heading, {id: verdict for id, verdict in rows.items() if id not in ("claim", "---")}
+    found = {id: verdict for id, verdict in rows.items() if id not in ("claim", "---")}
+    counts = [[*found.values()].count(verdict) for verdict in ("holds", "FALSE", "open")]
+    assert "{} holds, {} FALSE, {} open".format(*counts) in heading
+    if is_default:
+        row = "| {}, {} ({} runs) | {} | {} | {} |".format(experiment, study, heading.split()[0], *counts)
+        assert row in (ROOT / "README.md").read_text()
+    return found
 
 
 @contextlib.contextmanager

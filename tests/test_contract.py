@@ -158,10 +158,10 @@ def group(runs, folder, start, step_of, evaluate_of, constants):  # each kind of
         return step
     real_group(runs, folder, start, planted if {plant} else step_of, evaluate_of, constants and real)
 
-def train(groups, *arguments, evaluate_of=None, constants=None):
+def train(groups, folder, start, step_of, evaluate_of=None, constants=None):
     for runs in groups:
         try:
-            group(runs, *(*arguments, evaluate_of, constants)[:5])
+            group(runs, folder, start, step_of, evaluate_of, constants)
         except Done:
             pass
     raise Done

@@ -10,14 +10,10 @@ import torch
 
 import common
 import exp_ngram_superposition as exp
-from conftest import ROOT, interrupted, ledger, run
+from conftest import interrupted, ledger, run
 
 torch.set_num_threads(1)
 g = lambda seed=0: torch.Generator().manual_seed(seed)
-
-
-def number_of(flags):
-    return common.run_of(common.numbers([flags], lambda run: exp.constants(run, torch.float64)), 0)
 
 
 def made(scale=1., **fields):
@@ -25,7 +21,7 @@ def made(scale=1., **fields):
     flags = exp.Flags(**dict(n_tokens=6, d_model=4, n_heads=3) | fields)
     params = {k: p.double() for k, p in exp.init(flags, g(flags.seed)).items()}
     params |= {k: params[k] * scale for k in ("W_Q", "W_K") if k in params}
-    return flags, params, number_of(flags)
+    return flags, params, exp.number_of(flags)
 
 
 def law(**fields):
@@ -84,12 +80,12 @@ def test_last_position_law(k):
 
 @pytest.mark.parametrize("aligned", [True, False])
 def test_laws_have_their_directions(aligned):
-    number = number_of(exp.Flags(law="gen_d", n_tokens=8, dim=3, axis_aligned=aligned))
+    number = exp.number_of(exp.Flags(law="gen_d", n_tokens=8, dim=3, axis_aligned=aligned))
     directions = torch.linalg.svd(exp.centred_log(number), False)[2][:3]
     assert torch.linalg.matrix_rank(exp.centred_log(number), tol=1e-6) == 3
     if aligned:
         assert exp.Subspace.distance(torch.eye(8, 3).double(), directions.T) < 1e-6
-    number = number_of(exp.Flags(law="almost_rank_d", n_tokens=8, dim=3, axis_aligned=aligned))
+    number = exp.number_of(exp.Flags(law="almost_rank_d", n_tokens=8, dim=3, axis_aligned=aligned))
     values = torch.linalg.svdvals(exp.centred_log(number))  # softmax hides one direction: the others interlace
     assert torch.allclose(values[:2], torch.tensor(10.).double()) and 1 - 1e-6 <= values[2] <= 10 + 1e-6
     assert torch.allclose(values[3:7], torch.tensor(1.).double()) or aligned
@@ -104,7 +100,7 @@ def test_a_law_depends_on_its_seed_and_fields_alone():
 
 def test_draws_follow_the_law():
     flags, params, _ = made(n_tokens=4, nb_1=3, nb_2=3, nb_3=2, alpha_1=.8, alpha_2=.7, alpha_3=.6, sampled=3000, next_token=True)
-    number, counts = number_of(flags), torch.zeros(4 ** 3)
+    number, counts = exp.number_of(flags), torch.zeros(4 ** 3)
     for t in range(100):
         seen = exp.drawn(flags, number, torch.tensor(t))
         joint = seen["context"] * 4 + seen["after"].argmax(0)
@@ -115,7 +111,7 @@ def test_draws_follow_the_law():
     assert (counts[expected == 0] == 0).all()
     chi2, freedom = ((counts - expected) ** 2 / expected)[expected > 0].sum(), (expected > 0).sum() - 1
     assert abs(chi2 - freedom) < 5 * math.sqrt(2 * freedom)
-    exact = exp.drawn(replace(flags, next_token=False), number_of(replace(flags, next_token=False)), torch.tensor(99))
+    exact = exp.drawn(replace(flags, next_token=False), exp.number_of(replace(flags, next_token=False)), torch.tensor(99))
     assert torch.equal(exact["context"], seen["context"]) and exact["entropy"].min() > 0
 
 
@@ -229,7 +225,7 @@ def test_loss_is_the_divergence(nb_2):
     assert seen["accuracy"].item() == pytest.approx(accuracy.item())
     single = {k: p.float() for k, p in params.items()}
     state = {"params": single, **common.adam_init(single)}
-    logs = exp.step_of(flags)(state, common.run_of(common.numbers([flags], exp.constants), 0))[1]
+    logs = exp.step_of(flags)(state, exp.number_of(flags, torch.float32))[1]
     assert logs["loss"].item() == pytest.approx(expected, abs=1e-6)
 
 
@@ -238,8 +234,7 @@ def test_a_table_has_one_loss():
     losses = []
     for next_token in False, True:
         flags = exp.Flags(n_tokens=6, d_model=3, n_heads=2, sampled=50, next_token=next_token)
-        number = common.run_of(common.numbers([flags], exp.constants), 0)
-        losses.append(exp.step_of(flags)(exp.start(flags), number)[1]["loss"])
+        losses.append(exp.step_of(flags)(exp.start(flags), exp.number_of(flags, torch.float32))[1]["loss"])
     assert losses[0] == losses[1]
 
 
@@ -538,11 +533,5 @@ def test_capacity_judges_the_power_and_the_paper():
 @pytest.mark.parametrize("study", [common.study_name(s.__name__) for s in exp.STUDIES])
 def test_the_ledger_holds_what_the_code_claims(study):
     """figures/ngram.md has the ids that a run makes now; README's counts are those of the ledger."""
-    heading, found = ledger("ngram", "ngram_superposition", study)
-    values = [*found.values()]
+    found = ledger("ngram_superposition", study, is_default=study == "dynamics")
     assert [*found] == [*verdicts(study, lambda a: FAKES[study](a, True))]
-    counts = [values.count(v) for v in ("holds", "FALSE", "open")]
-    assert "{} holds, {} FALSE, {} open".format(*counts) in heading
-    if study == "dynamics":
-        assert "| ngram_superposition, dynamics ({} runs) | {} | {} | {} |".format(heading.split()[0], *counts) in (
-            ROOT / "README.md").read_text()

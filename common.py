@@ -84,7 +84,7 @@ def tell(text):
 # ---- Flags ------------------------------------------------------------------------------------------
 def flag(default, help, low=-inf, high=inf, number=False):
     """A dataclass field that is a command-line flag: default, help (with units), inclusive bounds, and
-    whether it is only a number to the tensor program, so that runs which differ in it share one."""
+    whether it is only numbers to the tensor program, so that runs which differ in it share one."""
     return field(default_factory=lambda: default,
                              metadata=dict(help=help, low=low, high=high, number=number))
 
@@ -260,7 +260,7 @@ def groups_of_runs(flags):
 def numbers(runs, constants=None):
     """{name: tensor [R, ...]} that a step receives beside its state: number fields, constants(run)."""
     found = {name: torch.tensor([getattr(run, name) for run in runs])
-             for name, field in fields_of(runs[0]).items() if field.metadata["number"]}
+             for name, f in fields_of(runs[0]).items() if f.metadata["number"] and f.type is not str}
     return found | (stack(map(constants, runs)) if constants else {})
 
 def marks(steps, count):
@@ -937,8 +937,8 @@ def report(*paths):
     for path in map(Path, paths):
         page.append(f"<pre>{html.escape(read(path / 'claims.md').decode())}</pre>")
         for file in sorted(path.glob("*.[pg][ni][gf]")):
-            data = b64encode(read(file)).decode()
-            page.append(f"<img src='data:image/{file.suffix[1:]};base64,{data}'>")
+            data = f"data:image/{file.suffix[1:]};base64,{b64encode(read(file)).decode()}"
+            page.append(f"<img src='{data}'>")
     Path("runs/report.html").write_text("\n".join(page), encoding="utf-8")
 
 if __name__ == "__main__":

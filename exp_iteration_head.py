@@ -321,7 +321,7 @@ def right_sequences(rows, logits):
     segment, length = rows["segment"][:, :logits.shape[1]], rows["length"]
     right = (logits.argmax(-1) == rows["target"]) | (rows["target"] == EOS) | ~rows["given"]
     each = [(right | (segment != i)).all(1) for i in (0, 1)]
-    return torch.stack(each, 1).float(), length[:, [0, -1]]
+    return torch.stack(each, 1).float(), length[:, ::length.shape[1] - 1]
 
 
 def measured(flags, rows, logits, maps):
@@ -1150,7 +1150,7 @@ class Grokking(Study):
         def evaluate(params, number):
             first = torch.arange(256, device=number["seed"].device) % (number["train_set"] // 2)
             rows, weight = rows_at(flags, number, first)
-            learned = weight[:, [0, -1]]  # by sequence: 0 for those kept for evaluation
+            learned = weight[:, ::flags.slots - 1]  # by sequence: 0 for those kept for evaluation
             whole, _ = right_sequences(rows, forward(flags, params, rows, flags.slots)[0])
             known = (whole * learned).sum() / learned.sum()
             return evaluate_of(flags)(params, number) | {"memorised": known}

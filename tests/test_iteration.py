@@ -271,3 +271,211 @@ def test_follows_and_flips_tell_an_iterating_model_from_one_that_knows(monkeypat
         assert (exp.Mix.measure(flags, params, number)["flips"] == float(iterates)).all()
         flags, params, number = made(max_length=6, modulus=11)
         assert exp.follows(flags, params, number) == float(iterates)
+
+
+def test_moved_and_patches_on_a_planted_circuit(monkeypatch):
+    """A model that looks where the position of EoI says is recognised, one that goes by its own position alone is not."""
+    def planted(subtracts):
+        def forward(flags, params, rows, answers, patch=exp.unchanged):
+            S, segment = flags.slots, rows["segment"]
+            at_eoi = torch.cat([torch.zeros_like(rows["index"]), (rows["index"] == 0).long()], 1)
+            eoi = torch.stack([(rows["position"] * at_eoi * (segment == k)).sum(1) for k in (0, 1)], 1).gather(1, segment[:, -S:])
+            eoi = eoi if subtracts else rows["length"] + 1
+            target = (rows["position"][:, -S:] - eoi + 1)[..., None]
+            map = ((rows["position"][:, None] == target) & (segment[:, None] == segment[:, -S:, None])).double()
+            return torch.zeros(len(segment), S, 9), [map[:, None]] * 2
+        return forward
+    flags, params, number = made(max_length=6)
+    for subtracts in True, False:
+        monkeypatch.setattr(exp, "forward", planted(subtracts))
+        assert exp.Circuit.moved(flags, params, number) == float(subtracts)
+
+
+def test_interventions_replace_what_they_say():
+    """On a drawn model: rows of attention are where they were put, means are means, and the rest stays."""
+    flags, params, number = made(scale=2.)
+    rows, _, maps = exp.answered(flags, params, number)
+    seen = {}
+    for name, patch in zip(exp.Circuit.tries, exp.Circuit.patches(flags, rows)):
+        kept = {}
+
+        def both(what, x, patch=patch, kept=kept):
+            return kept.setdefault(what, patch(what, x))
+        exp.answered(flags, params, number, patch=both)
+        seen[name] = kept
+    plain, S = seen["untouched"], flags.slots
+    (eoi, states), (inputs, asks) = exp.ideal(rows)
+    for name, layer, key, where in (("look-up all on x_t", 1, inputs, asks), ("look-up one late", 1, inputs + 1, asks),
+                                    ("first attention all on EoI", 0, eoi, states)):
+        map = seen[name][f"attention{layer}"]
+        assert (exp.attention_to(rows, map, key)[0][where] == 1).all()
+        untouched = map[:, 0, -S:][~where]
+        assert torch.allclose(untouched, plain[f"attention{layer}"][:, 0, -S:][~where])
+    for name, what, slots in (("no look-up", "heads1", slice(-S, None)), ("no first attention", "heads0", slice(-S, None)),
+                              ("no first MLP at answers", "mlp0", slice(-S, None)), ("no first MLP at inputs", "mlp0", slice(S)),
+                              ("no last MLP", "mlp1", slice(None))):
+        x = seen[name][what][:, slots]
+        assert x.std((0, 1)).max() < 1e-9 and torch.allclose(x[0, 0], plain[what][:, slots].mean((0, 1)))
+
+
+def test_the_update_study_reads_and_flips_what_is_there(monkeypatch):
+    """Planted hidden units that hold s xor x on one axis: read by a probe there and not before, flipped along it and not at random."""
+    def forward(flags, params, rows, answers, patch=exp.unchanged):
+        s, x = rows["s"], rows["ahead"]
+        g = torch.Generator().manual_seed(1)
+        noise = torch.randn(*s.shape, 16, generator=g)
+        stream = torch.cat([torch.nn.functional.one_hot(s.clamp(0, 1), 2), torch.nn.functional.one_hot(x.clamp(0, 1), 2)], -1).float()
+        patch("mid1", torch.cat([stream, .1 * noise[..., :4]], -1))
+        hidden = torch.cat([10. * ((s + x) % 2)[..., None] - 5, .1 * noise], -1)
+        hidden = patch("hidden1", hidden)
+        answer = (hidden[..., 0] > 0).long()
+        said = torch.where(rows["next"], exp.DIGIT + answer, rows["target"])
+        return torch.nn.functional.one_hot(said, 9).float(), [torch.ones(1)] * 2
+    monkeypatch.setattr(exp, "forward", forward)
+    flags, params, number = made(task="parity", max_length=6, n_eval=32)
+    found = exp.Update.measure(flags, params, number)
+    assert found["probe"][0] < .75 and found["probe"][1] == 1
+    assert found["flipped"][0] == 1 and found["flipped"][1] < .1
+
+
+def test_frozen_parts_do_not_move(tmp_path):
+    """--learns and --freeze-pos and --pos-dim, in a real run: what is free moves, the rest keeps its bits."""
+    names = exp.start(made()[0])["params"]
+    last = {"W_Q1", "W_K1", "W_V1", "W_O1", "W_in1", "W_out1", "g_attention1", "g_mlp1"}
+    for part, free in ("all", {*names}), ("last-block", last | {"g", "U"}), ("second-mlp", {"W_in1", "W_out1", "g_mlp1"}):
+        run_ = replace(made()[0], learns=part)
+        assert {k for k, p in names.items() if exp.Transfer.learning(run_, k, p)} == free
+    assert run(exp, "--study positions --smoke --compile off --steps 6", tmp_path / "r") == 0
+    found = common.load(tmp_path / "r")
+    P, arrays = found.params["P"].numpy(), found.arrays
+    for r, (seed, d, frozen) in enumerate(zip(arrays["seed"], arrays["pos_dim"], arrays["freeze_pos"])):
+        flags = exp.Flags(max_length=3, d_model=8, seed=int(seed))
+        begun = exp.start(flags)["params"]["P"].numpy()
+        if d:
+            begun[:, d:] = 0
+            assert (P[r][:, d:] == 0).all()
+        assert np.array_equal(P[r], begun) == frozen
+
+
+def test_children_start_from_their_parents(tmp_path):
+    assert run(exp, "--study transfer --smoke --compile off", tmp_path / "r") == 0
+    children, parents = (common.read(tmp_path / "r" / p / "checkpoint.pt")["params"] for p in ("", "scratch"))
+    arrays = common.read(tmp_path / "r/arrays.npz")
+    mlp = (arrays["learns"] == "second-mlp") & (arrays["source"] == "copy")
+    child = children["W_Q0"][int(np.flatnonzero(mlp)[0])]
+    assert any(torch.equal(child, p) for p in parents["W_Q0"])  # frozen: still the parent's
+
+
+def test_copying_is_learned(tmp_path):
+    """The smallest task reaches .95 in a few hundred small steps; and the test set of another law stays wrong."""
+    line = "--task copy --max-length 3 --d-model 32 --steps 400 --runs 1 --lr 3e-3 --n-eval 16 --evals 6 --compile off"
+    assert run(exp, line, tmp_path / "r") == 0
+    arrays = common.read(tmp_path / "r/arrays.npz")
+    assert arrays["eval_accuracy"][0, 0] < .5 and arrays["accuracy"][0] > .95
+
+
+# ---- Claims ---------------------------------------------------------------------------------------------------------
+
+def settings(study, **more):
+    """Arrays of three runs a configuration with a study's own settings, and zeros for what it measures."""
+    room = next(s for s in exp.STUDIES if common.study_name(s.__name__) == study)
+    flags = exp.Flags(**room.defaults, room=room, given={}, sweep=[])
+    runs = [run for group in common.groups_of_runs(replace(flags, runs=3)) for run in group]
+    return room, {k: np.array([getattr(run, k) for run in runs]) for k in ("seed", *exp.OWN)} | {
+        k: (np.zeros(len(runs)) + value if np.ndim(value) == 0 else value) for k, value in more.items()}
+
+
+def verdicts(room, arrays):
+    found = []
+    room.claims(arrays, lambda *words: found.append(common.judge(*words)))
+    return {c["id"]: c["holds"] for c in found}
+
+
+def test_holes_are_a_rate_with_its_interval():
+    room, _ = settings("base")
+    def hole_of(good, runs):
+        right = np.ones((runs, 3, 4))
+        right[good:, 2, 1] = .2
+        arrays = dict(accuracy=np.ones(runs), peak_second=np.ones(runs), peak_first=np.ones(runs), right=right,
+                      looks=np.ones((runs, 3, 4)), eval_step=np.tile([0., 1.], (runs, 1)), eval_peak_second=np.ones((runs, 2)),
+                      eval_accuracy=np.ones((runs, 2)))
+        return verdicts(room, arrays)["holes"]
+    assert hole_of(8, 8) is True and hole_of(6, 8) is None and hole_of(0, 8) is False
+    assert hole_of(30, 40) is True and hole_of(12, 40) is False
+
+
+def test_what_still_rises_has_no_vote():
+    step = np.tile([1., 10., 100., 1000.], (4, 1))
+    accuracy = np.array([[0, .2, .5, .5], [0, .2, .5, .7], [0, .5, .9, .96], [0, .1, .4, .41]])
+    found = exp.settled(dict(eval_step=step, eval_accuracy=accuracy, accuracy=accuracy[:, -1]))
+    assert np.array_equal(found, [1, math.nan, 1, 1], equal_nan=True)
+    room, arrays = settings("baselines", longest=.5, accuracy=.5)
+    n = len(arrays["seed"])
+    flat = arrays | dict(eval_step=np.tile([1., 10., 100., 1000.], (n, 1)), eval_accuracy=np.tile([0, .4, .5, .5], (n, 1)))
+    rising = flat | dict(eval_accuracy=np.tile([0, .2, .3, .5], (n, 1)))
+    assert verdicts(room, flat)["one-layer-parity"] is True and verdicts(room, flat)["no-chain-parity"] is False
+    assert set(verdicts(room, rising).values()) == {None}
+
+
+def test_reach_is_on_a_line_between_evaluations():
+    arrays = dict(eval_step=np.tile([0., 10., 30.], (3, 1)), eval_accuracy=np.array([[0, .9, 1], [0, .5, .9], [0, 1, .5]]),
+                  accuracy=np.array([1, .9, math.nan]))
+    assert np.allclose(exp.reach(arrays), [20, math.inf, math.nan], equal_nan=True)
+    assert np.allclose(exp.reach(arrays, level=.5)[:2], [10 * .5 / .9, 10])
+
+
+def test_power_laws_are_found_with_their_intervals():
+    g = np.random.default_rng(0)
+    L, d = (g.choice(x, 60) for x in ([4, 8, 12, 16], [8, 16, 32]))
+    noise = np.exp(.05 * g.standard_normal(60))
+    y = np.where(g.random(60) < .2, math.inf, 3 * L ** 1.5 * d ** -.5 * noise)
+    found = exp.power_law(y, length=L, width=d)
+    for name, value in ("length", 1.5), ("width", -.5):
+        middle, low, high = found[name]
+        assert low < value < high and high - low < .15 and low < middle < high
+
+
+def test_scaling_judges_the_exponents_and_the_rule():
+    room, arrays = settings("scaling")
+    n, d, b = (arrays[k] for k in ("max_length", "d_model", "batch"))
+    right = n * (n + 1) / 2 <= 4 * d
+    noise = 1 + .01 * np.random.default_rng(0).standard_normal(len(n))
+    planted = dict(accuracy=np.where(right, 1., .3), reach=np.where(right, 100 * n * d ** -.5 * b ** -.5 * noise, math.inf),
+                   weight_second=1 - .01 * n * noise / d / b ** .1, eval_step=np.tile([1., 10.], (len(n), 1)),
+                   eval_accuracy=np.tile(np.where(right, 1., .3)[:, None], (1, 2)))
+    assert all(verdicts(room, arrays | planted).values())
+    other = arrays | planted | dict(reach=planted["reach"] / n ** 2 * d, accuracy=np.where(d == 8, 1., .3))
+    found = verdicts(room, other)
+    assert found["capacity"] is False
+
+
+@pytest.mark.parametrize("study", [common.study_name(s.__name__) for s in exp.STUDIES])
+def test_the_ledger_holds_what_the_code_claims(study):
+    """figures/iteration.md has the ids that a study claims now; README's counts are those of the ledger."""
+    found = ledger("iteration_head", study, is_default=study == "base")
+    room, arrays = settings(study)
+    n, M = len(arrays["seed"]), 4
+    steps = np.tile([1., 10., 100., 1000.], (n, 1))
+    shapes = dict(right=(n, 8, 9), looks=(n, 8, 9), tried=(n, 9), probe=(n, 2), flipped=(n, 2), task_accuracy=(n, 2))
+    class Zeros(dict):
+        def __missing__(self, k):
+            if k == "eval_step":
+                return steps
+            if k in ("floor", "counting"):
+                return np.zeros(2)
+            if k.startswith("eval_maps") or k.startswith("eval_push"):
+                return np.random.default_rng(0).random((n, M, 2, 1, 5, 5))
+            return np.zeros((n, M)) if k.startswith("eval_") else np.zeros(shapes.get(k, n))
+    arrays = Zeros(arrays)
+    with np.errstate(all="ignore"):
+        assert [*found] == [*verdicts(room, arrays)]
+
+
+def test_a_cut_run_of_the_induction_study_is_whole(tmp_path):
+    line = "--study induction --smoke --compile off --save-every 0 --steps 230 --block 1"
+    assert run(exp, line, tmp_path / "whole") == 0
+    with interrupted(after=3):
+        assert run(exp, line, tmp_path / "cut") == 130
+    assert run(exp, f"{line} --resume", tmp_path / "cut") == 0
+    whole, cut = (common.read(tmp_path / name / "metrics.npz") for name in ("whole", "cut"))
+    assert all(np.array_equal(whole[k], cut[k], equal_nan=True) for k in whole)

@@ -404,8 +404,9 @@ def pick(arrays, **fields):
 
 def labels(arrays):
     """Each run's configuration in words [R]: the settings in which it differs from the first."""
-    return np.array([" ".join(f"{k}={arrays[k][r]}" for k in OWN if arrays[k][r] != arrays[k][0])
-                     or "as it is" for r in range(len(arrays["seed"]))])
+    def differs(r):
+        return [f"{k}={str(arrays[k][r])[:10]}" for k in OWN if arrays[k][r] != arrays[k][0]]
+    return np.array([" ".join(differs(r)) or "as it is" for r in range(len(arrays["seed"]))])
 
 
 def share_of(hits):
@@ -429,21 +430,22 @@ def curve(ax, arrays, y, mine, label, colour):
     common.band(ax, arrays["eval_step"][mine][0], y[mine].T, label, colour)
 
 
-def strip(ax, x, y, colour, label=""):
-    """A dot for each run of y at x and their median; what was never reached is an arrow on top."""
-    y = y[y == y]
-    ax.plot(np.full(len(y), x), y, "o", color=colour, ms=3, alpha=.6)
-    if len(y):
-        ax.plot(x, np.median(y), "_", color=colour, ms=11, mew=2, label=label)
-    if np.isinf(y).any():
-        ax.plot(x, .98, "^", color=colour, transform=ax.get_xaxis_transform())
+def strip(ax, place, x, colour, label=""):
+    """In a row, a dot for each run of x and their median; what was never reached is an arrow."""
+    x = x[x == x]
+    ax.plot(x, np.full(len(x), place), "o", color=colour, ms=3, alpha=.6)
+    if len(x):
+        ax.plot(np.median(x), place, "|", color=colour, ms=11, mew=2, label=label)
+    if np.isinf(x).any():
+        ax.plot(.98, place, ">", color=colour, transform=ax.get_yaxis_transform())
 
 
-def finish(ax, xlabel, ylabel, title="", names=(), **axes):
-    """Name the axes (names: of places 0, 1, ..), show a legend."""
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=title, **axes)
+def finish(ax, xlabel, ylabel, title="", names=()):
+    """Name the axes (names: of rows 0, 1, ..), show a legend."""
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if len(names):
-        ax.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=7)
+        ax.set_yticks(range(len(names)), names, fontsize=7)
+        ax.invert_yaxis()
     if ax.get_legend_handles_labels()[0]:
         ax.legend(fontsize=6.5)
 
@@ -475,9 +477,11 @@ def draw_levels(arrays, flags, title, *keys):
                 curve(ax, arrays, arrays[key], words == name, name, colour)
             else:
                 strip(ax, i, arrays[key][words == name], colour)
-        finish(ax, "step" * over, WORDS[key.removeprefix("eval_")], "", () if over else names)
         if over:
+            finish(ax, "step", WORDS[key[5:]])
             ax.set_xscale("symlog", linthresh=10)
+        else:
+            finish(ax, WORDS[key], "", "", names)
     return figure
 
 
@@ -589,8 +593,8 @@ class Base(Study):
 
     def draw_right(arrays, flags):
         figure, (ax,) = common.panels(1, "Which answers are right? (worst run of each place)", flags)
-        common.image(ax, arrays["right"].min(0), "share of sequences", figure,
-                     "answer after EoI (0), s_1, .. (after s_L: EoS)", "L - 1", (0, 1))
+        words = "answer after EoI (0), s_1, .. (after s_L: EoS)"
+        common.image(ax, arrays["right"].min(0), "share of sequences", figure, words, "L - 1", (0, 1))
         return figure
 
     def draw_maps(arrays, flags):
@@ -678,7 +682,7 @@ class Circuit(Study):
         for k, (task, colour) in enumerate(zip(dict.fromkeys(arrays["task"]), (BLUE, RED, GREEN))):
             for i in range(len(names)):
                 strip(ax, i + .2 * k - .2, y[pick(arrays, task=task), i], colour, "" if i else task)
-        finish(ax, "", "all states right at L > 1; the last two: cases", "", names)
+        finish(ax, "all states right at L > 1; the last two: share of cases", "", "", names)
         return figure
 
 
@@ -854,8 +858,8 @@ class Mix(Study):
     """Two tasks at once, told apart by the first token: do they share the circuit, in which mix?
 
     arrays: as of `train`; flips [R, 2]: the problem token alone of sequences of the first (second) task
-    replaced, share of next states that are then the other's, see `obeyed`; worse, worse_flips [R], of the
-    worse task; slower [R], the step at which both reach .95; parity_peak [R], its `peak_second`."""
+    replaced, share of next states that are then the other's, see `obeyed`; worse, worse_flips [R], of
+    the worse task; slower [R], the step at which both reach .95; parity_peak [R], its `peak_second`."""
     defaults = dict(steps=2000)
 
     def points(flags):
@@ -994,8 +998,7 @@ class Curriculum(Study):
 class Positions(Study):
     """Can positions be frozen or narrow, and is their subtraction a rule or a memory?
 
-    arrays: as of `train`; follows [R]; left_out [R], the accuracy at L = Lmax - 1, which is left out of
-    training where omit_length says so."""
+    arrays: as of `train`; follows [R]; left_out [R], the accuracy at L = Lmax - 1."""
     defaults = dict(steps=2000)
 
     def points(flags):
@@ -1136,8 +1139,8 @@ class Heads(Study):
 class Grokking(Study):
     """On a finite training set, does test accuracy rise long after training accuracy?
 
-    arrays: as of `train`; eval_memorised [R, M], the accuracy on sequences of the training set. Of the
-    new ones those of lengths up to 3 are not new: there are too few."""
+    arrays: as of `train`; eval_memorised [R, M], the accuracy on sequences of the training set; of the
+    lengths up to 3 there are too few for others."""
     defaults = dict(steps=4000, weight_decay=.1)
     sizes = 512, 1024, 2048, 4096
 
@@ -1328,8 +1331,7 @@ def induction_measure(run, params, number):
 
 def draw_edges(ax, maps, change, names, title):
     """The register graph: an edge from each position and layer to what it reads of the layer below, as
-    wide as its attention, maps [layers, T, T]; green where it changes up, purple where down, grey where
-    by less than a tenth of the largest change."""
+    wide as its attention, maps [layers, T, T]; green: it grows, purple: it shrinks, grey: little."""
     ax.clear()
     ax.set_axis_off()
     for l, query, key in np.argwhere(maps > .01):
@@ -1342,8 +1344,7 @@ def draw_edges(ax, maps, change, names, title):
 
 
 def animation(flags, steps, graphs):
-    """The bytes of a GIF over evaluations at `steps` of graphs (maps, changes [M, layers, T, T], names,
-    title)."""
+    """The bytes of a GIF of graphs (maps, changes [M, layers, T, T], names, title) over `steps` [M]."""
     title = "Who reads whom? Width: attention; green: grows, purple: shrinks. Step"
     figure, axes = common.panels(len(graphs), title, flags, 1, (9, 2.4))
     def draw(i):

@@ -689,10 +689,10 @@ class Circuit(Study):
 class Update(Study):
     """How does the last MLP make s xor x, the state update of parity?
 
-    arrays: as of `train`; probe [R, 2], share of s xor x that a linear probe reads from the stream
-    before the MLP, and from its hidden units; flipped [R, 2], share of answers that flip when hidden
-    units move by the difference of the means of the two answers, and by as much along that of x alone;
-    plane [R, n, 2], hidden units on their principal components, and kind [R, n], 2 s + x of each."""
+    arrays: as of `train`; probe [R, 2], share of s xor x told by the nearer of the answers' means in the
+    stream before the MLP, and in its hidden units; flipped [R, 2], share of answers that flip when these
+    move by the difference of the means, and as far along that of x alone; plane [R, n, 2], hidden units
+    on their principal components, and kind [R, n], 2 s + x of each."""
     defaults = dict(task="parity", steps=2000)
 
     def check(flags):
@@ -706,10 +706,11 @@ class Update(Study):
         at, s, x = rows["next"], rows["s"], rows["ahead"]
         sign = 1 - 2. * ((s + x) % 2)
         even = (rows["length"] + rows["index"])[at] % 2 == 0
-        for name in "mid1", "hidden1":  # least squares at some places (L, t), read at the others
-            units = torch.nn.functional.pad(kept[name][at], (0, 1), value=1.)
-            w = torch.linalg.pinv(units[even]) @ sign[at][even]
-            probe.append(((units @ w) * sign[at] > 0)[~even].float().mean())
+        for name in "mid1", "hidden1":  # means of the answers at some places (L, t), read at the others
+            units = kept[name][at]
+            zero, one = (units[even & (sign[at] == k)].mean(0) for k in (1, -1))
+            nearer = (units - (zero + one) / 2) @ (zero - one)
+            probe.append((nearer * sign[at] > 0)[~even].float().mean())
         hidden = kept["hidden1"][at]
         step = hidden[sign[at] < 0].mean(0) - hidden[sign[at] > 0].mean(0)
         other = hidden[x[at] == 1].mean(0) - hidden[x[at] == 0].mean(0)
@@ -725,11 +726,11 @@ class Update(Study):
     def claims(arrays, say):
         (before, hidden), (along, alone) = arrays["probe"].T, arrays["flipped"].T
         source = f'{NOTES}: "how the state updates is performed by the second MLP"; ours'
-        say("xor-not-before", "a linear probe reads s xor x from the stream before the second MLP in "
-            "less than .75 of the answers", source, before, "<", .75)
+        say("xor-not-before", "the nearer mean (of other places) tells s xor x before the second MLP in "
+            "less than .75", source, before, "<", .75)
         say("xor-in-hidden", "and from its hidden units in more than .95", source, hidden, ">", .95)
-        say("xor-flips", "hidden units moved by the difference of the two answers' means flip the "
-            "answer (an intervention; share)", source, along, ">", .95)
+        say("xor-flips", "hidden units moved by the difference of the answers' means flip the answer (an "
+            "intervention; share)", source, along, ">", .95)
         say("x-alone-does-not", "as long a step along the difference by x does not", OURS, alone,
             "<", .5)
 
@@ -1061,8 +1062,7 @@ class Longer(Study):
     arrays: as of `train`."""
     defaults = dict(steps=3000)
 
-    def sgd(params, grads, state, lr, _):
-        """One step with heavy-ball momentum .9."""
+    def sgd(params, grads, state, lr, _):  # one step with heavy-ball momentum .9
         m = {k: .9 * state["m"][k] + g for k, g in grads.items()}
         return {k: p - lr * m[k] for k, p in params.items()}, {"m": m, "v": m, "t": state["t"] + 1}
 

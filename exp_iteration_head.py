@@ -729,7 +729,7 @@ class Update(Study):
         say("xor-not-before", "the nearer mean (of other places) tells s xor x before the second MLP in "
             "less than .75", source, before, "<", .75)
         say("xor-in-hidden", "and from its hidden units in more than .95", source, hidden, ">", .95)
-        say("xor-flips", "hidden units moved by the difference of the answers' means flip the answer (an "
+        say("xor-flips", "hidden units moved by the difference of the means flip the answer (an "
             "intervention; share)", source, along, ">", .95)
         say("x-alone-does-not", "as long a step along the difference by x does not", OURS, alone,
             "<", .5)

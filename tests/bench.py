@@ -332,7 +332,7 @@ def iteration_row(name, repeats, seconds, **fields):
         inputs, targets, counted = [], [], []
         for k in (0, 1):
             place = torch.where(rows["segment"] == k, rows["position"], 99)
-            order = place.argsort(1, stable=True)[:, :2 * flags.max_length + 2]
+            order = place.argsort(stable=True)[:, :2 * flags.max_length + 2]
             there = place.gather(1, order) < 99
             answer = (order - S).clamp(min=0)
             inputs.append(torch.where(there, rows["token"].gather(1, order), 0))
@@ -347,7 +347,7 @@ def iteration_row(name, repeats, seconds, **fields):
         s = [x[:, 0]]
         for j in range(1, n):
             s.append((s[-1] * x[:, j] + 1) % flags.modulus)
-        place = torch.arange(2 * n + 3)
+        place = torch.arange(2 * n + 3).expand(B, -1)
         at = lambda values, start: values.gather(1, (place - start).clamp(0, n - 1)) + exp_iteration.DIGIT
         tokens = torch.where(place == 0, 2, torch.where(place <= length, at(x, 1), exp_iteration.EOI))
         answer = torch.where(place <= 2 * length + 1, at(torch.stack(s, 1), length + 2), exp_iteration.EOS)

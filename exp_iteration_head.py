@@ -451,7 +451,7 @@ def finish(ax, xlabel, ylabel, title="", names=()):
 
 
 WORDS = dict(  # of arrays in figures
-    accuracy="accuracy, all states", memorised="accuracy, sequences trained on",
+    accuracy="accuracy", memorised="accuracy on sequences trained on",
     peak_first="share of states with half of it on EoI", peak_second="share of look-ups, half on x_t",
     weight_second="attention of the look-up on x_t",
     entropy="entropy of the look-up (nats)", reach="steps to 95 % (arrow: never)",
@@ -588,7 +588,7 @@ class Base(Study):
     def draw_base(arrays, flags):
         text = f"Is {flags.task} learned step by step, by an iteration head?"
         figure = draw_levels(arrays, flags, text, "eval_accuracy", "eval_peak_first", "eval_peak_second")
-        common.shelf(figure.axes[0], 1 / flags.max_length, "no sequence but those of one: 1 / Lmax")
+        common.shelf(figure.axes[0], 1 / flags.max_length, "L = 1 alone: 1 / Lmax", side="left")
         return figure
 
     def draw_right(arrays, flags):

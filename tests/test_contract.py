@@ -22,10 +22,12 @@ def test_a_study_runs_and_draws_all_its_figures(name, study, tmp_path, capsys):
     exp, line = importlib.import_module(name), f"--smoke --study {common.study_name(study.__name__)}"
     assert run(exp, line, tmp_path / "r") == 0
     drawn = lambda: {p.stem: p for p in (tmp_path / "r").iterdir() if p.suffix in (".png", ".gif")}
-    for path in drawn().values():
-        path.unlink()
-    assert run(exp, f"{line} --plot-only", tmp_path / "r") == 0
     assert drawn().keys() == common.figures_of(study).keys()
+    if study is exp.STUDIES[0]:
+        for path in drawn().values():
+            path.unlink()
+        assert run(exp, f"{line} --plot-only", tmp_path / "r") == 0
+        assert drawn().keys() == common.figures_of(study).keys()
     said = capsys.readouterr().out
     assert "not judged" in said or not (tmp_path / "r/summary.json").exists()
 
@@ -34,8 +36,11 @@ def test_a_study_runs_and_draws_all_its_figures(name, study, tmp_path, capsys):
 def test_a_fork_by_each_study_runs(name, study, tmp_path):
     """The rooms have walls: a study with its core runs without the others."""
     shutil.copy(ROOT / "common.py", tmp_path)
-    command = [sys.executable, "common.py", "fork", str(ROOT / f"{name}.py"), "exp_mine.py", common.study_name(study.__name__)]
-    subprocess.run(command, cwd=tmp_path, check=True)
+    words = str(ROOT / f"{name}.py"), str(tmp_path / "exp_mine.py"), common.study_name(study.__name__)
+    if study is importlib.import_module(name).STUDIES[0]:
+        subprocess.run([sys.executable, "common.py", "fork", *words], cwd=tmp_path, check=True)
+    else:
+        common.fork(*words)
     others = {s.__name__ for n, s in STUDIES if n == name} - {study.__name__}
     assert not others & set(common.Source((tmp_path / "exp_mine.py").read_text()).nodes)
     done = subprocess.run([sys.executable, "exp_mine.py", "--smoke", "--out", "fork"], cwd=tmp_path, capture_output=True, text=True)

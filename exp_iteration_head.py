@@ -1383,7 +1383,7 @@ class Induction(Memory):
     first order, in proportion); floor, counting [2], see `exactly`."""
     defaults = Memory.defaults | dict(runs=8)
 
-    def evaluate_of(flags):
+    def pushes_of(flags):
         def evaluate(params, number):
             tokens, target = number["sequences"][:, :-1], number["sequences"][:, 1:]
             def loss_of(moved):
@@ -1400,7 +1400,7 @@ class Induction(Memory):
                 "push_one": push[:, 0]}
         return evaluate
 
-    law = Memory.law | dict(evaluate_of=evaluate_of)
+    law = Memory.law | dict(evaluate_of=pushes_of)
 
     def compute(flags, folder):
         arrays = train(flags, folder)

@@ -227,7 +227,7 @@ def test_push_is_the_gradient_of_scores():
     number = common.run_of(common.numbers([flags], exp.induction_constants), 0)
     number["sequences"] = number["sequences"][:3].contiguous()
     params = {k: p.double() * 2 for k, p in exp.induction_start(flags)["params"].items()}
-    found = exp.Induction.evaluate_of(flags)(params, number)
+    found = exp.Induction.pushes_of(flags)(params, number)
     tokens, target = number["sequences"][:, :-1], number["sequences"][:, 1:]
     for layer, q, k in (0, 3, 1), (1, 5, 5), (1, 4, 0):
         def loss(h):
@@ -480,3 +480,13 @@ def test_a_cut_run_of_the_induction_study_is_whole(tmp_path):
     assert run(exp, f"{line} --resume", tmp_path / "cut") == 0
     whole, cut = (common.read(tmp_path / name / "metrics.npz") for name in ("whole", "cut"))
     assert all(np.array_equal(whole[k], cut[k], equal_nan=True) for k in whole)
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--study induction --task parity", "does not read --task"), ("--study base --method sgd", "does not read --method"),
+    ("--study conditions --cot", "does not read --cot"), ("--task nonsense", "tasks are"), ("--n-heads 3", "divisible"),
+    ("--study transfer --sweep d_model=8,16", "no --sweep"), ("--study circuit --no-mlp", "takes --cot --mlp"),
+    ("--study update --task copy", "takes --task parity"), ("--study induction --n-layers 3", "takes --n-layers 2")])
+def test_a_study_refuses_what_it_cannot_use(line, words, tmp_path, capsys):
+    assert run(exp, line, tmp_path / "r") == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "r").exists()

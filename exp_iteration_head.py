@@ -17,9 +17,9 @@ import functools
 import math
 from dataclasses import dataclass
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from itertools import permutations
 from typing import Literal
 
 import numpy as np

@@ -10,7 +10,7 @@ import torch
 
 import common
 import exp_iteration_head as exp
-from conftest import interrupted, ledger, run
+from conftest import ledger, run
 
 torch.set_num_threads(1)
 
@@ -470,16 +470,6 @@ def test_the_ledger_holds_what_the_code_claims(study):
     arrays = Zeros(arrays)
     with np.errstate(all="ignore"):
         assert [*found] == [*verdicts(room, arrays)]
-
-
-def test_a_cut_run_of_the_induction_study_is_whole(tmp_path):
-    line = "--study induction --smoke --compile off --save-every 0 --steps 230 --block 1"
-    assert run(exp, line, tmp_path / "whole") == 0
-    with interrupted(after=3):
-        assert run(exp, line, tmp_path / "cut") == 130
-    assert run(exp, f"{line} --resume", tmp_path / "cut") == 0
-    whole, cut = (common.read(tmp_path / name / "metrics.npz") for name in ("whole", "cut"))
-    assert all(np.array_equal(whole[k], cut[k], equal_nan=True) for k in whole)
 
 
 @pytest.mark.parametrize("line, words", [

@@ -195,8 +195,7 @@ def normed(flags, params, name, x):
 
 
 def look_up(table, index):
-    """table[index] as a product with one-hot rows: the gradient of a gather adds in any order on a
-    card."""
+    """table[index] by one-hot rows: on a card the gradient of a gather adds up in any order."""
     kinds = torch.arange(len(table), device=index.device)
     return (index[..., None] == kinds).to(table.dtype) @ table
 
@@ -283,11 +282,15 @@ def step_of(flags, sample=sample, update=common.adamw):
     return step
 
 
-def answered(flags, params, number, task=0, patch=unchanged):
-    """Evaluation sequences of one of the run's tasks, teacher-forced: rows, logits [B, S, vocab],
-    maps."""
+def evaluation_rows(flags, number, task=0):
+    """The rows of evaluation of one of the run's tasks."""
     which = torch.full_like(number["inputs"][task, :, :2], task)
-    rows = rows_of(flags, number, which, number["first"], number["inputs"][task])
+    return rows_of(flags, number, which, number["first"], number["inputs"][task])
+
+
+def answered(flags, params, number, task=0, patch=unchanged):
+    """These rows, teacher-forced: rows, logits [B, S, vocab], maps."""
+    rows = evaluation_rows(flags, number, task)
     return rows, *forward(flags, params, rows, flags.slots, patch)
 
 
@@ -300,8 +303,7 @@ def cell(rows, key):
 def ideal(rows):
     """Where an iteration head looks, of each part: keys [B, S], and which answers look there. In the
     first layer states look at EoI; in the last EoI and states up to s_{L-1} look at the next x."""
-    length, index = rows["length"], rows["index"]
-    given = rows["given"]
+    length, index, given = rows["length"], rows["index"], rows["given"]
     return (length + 1, given & (index > 0)), (index + 1, given & (rows["target"] != EOS))
 
 
@@ -371,16 +373,21 @@ def reach(arrays, y=None, level=.95):
 
 
 def train(flags, folder, **more):
-    """Train a study (more: in place of its `law`). Returns arrays, NaN where other runs have more:
-    eval_step [R, M] and eval_* of `evaluate_of` [R, M, ...]; and with one entry a run: all settings;
-    eval_* at the end, without the prefix (NaN for a run that diverged or was stopped); reach, see
-    `reach`; and what the study's `measure` finds of a run, its parameters and its numbers."""
+    """Train a study (more: in place of its `law`); its arrays, see `collected`."""
     more = dict(groups=common.groups_of_runs(flags)) | flags.room.law | more
+    return collected(flags, common.train(folder=folder, **more), more["constants"])
+
+
+def collected(flags, trained, constants_of):
+    """Arrays of trained groups, NaN where other runs have more: eval_step [R, M] and eval_* of
+    `evaluate_of` [R, M, ...]; and with one entry a run: all settings; eval_* at the end, without the
+    prefix (NaN for a run that diverged or was stopped); reach, see `reach`; and what the study's
+    `measure` finds of a run, its parameters and its numbers."""
     runs, rows = [], []
-    for t in common.train(folder=folder, **more):
+    for t in trained:
         for r, run in enumerate(t.runs):
             curves = {k: x[:, r] for k, x in t.metrics.items() if k.startswith("eval_") and x.ndim > 1}
-            number = common.run_of(common.numbers([run], more["constants"]), 0)
+            number = common.run_of(common.numbers([run], constants_of), 0)
             params = {k: p[r].nan_to_num() for k, p in t.params.items()}
             ends = {k[5:]: x[-1] for k, x in curves.items()} | flags.room.measure(run, params, number)
             ended = 1 + 0 * t.metrics["loss"][-1, r]
@@ -510,12 +517,16 @@ def obeyed(flags, params, rows, token, target):
 def follows(flags, params, number):
     """The intervention that makes an iteration head: with every state s_i replaced by another, is each
     next token F(that, x_{i+1})? See `obeyed`; of the first task."""
-    rows, S = answered(flags, params, number)[0], flags.slots
+    rows, S = evaluation_rows(flags, number), flags.slots
     n, g = TASKS[flags.task][1](flags), common.generator(0, "follows")
     s = (rows["s"] + torch.randint(1, n, rows["s"].shape, generator=g)) % n
     answers = torch.where(rows["index"] > 0, DIGIT + s, rows["token"][:, S:])
     target = DIGIT + update(flags, rows["problem"], s, rows["ahead"])
     return obeyed(flags, params, rows, torch.cat([rows["token"][:, :S], answers], 1), target)
+
+
+def measure_follows(run, params, number):
+    return {"follows": follows(run, params, number)}
 
 
 def one_head(flags):
@@ -618,10 +629,10 @@ class Circuit(Study):
     after each intervention; moved [R], see `moved`."""
     defaults = dict(steps=2000)
     check = one_head
-    tries = {  # whether the answers should be kept
-        "untouched": True, "look-up all on x_t": True, "look-up one late": False, "no look-up": False,
-        "first attention all on EoI": True, "no first attention": False,
-        "no first MLP at answers": False, "no first MLP at inputs": True, "no last MLP": False}
+    tries = {"untouched": True, "look-up all on x_t": True, "look-up one late": False,
+             "no look-up": False, "first attention all on EoI": True, "no first attention": False,
+             "no first MLP at answers": False, "no first MLP at inputs": True,
+             "no last MLP": False}  # whether the answers should be kept
 
     def points(flags):
         return [dict(task=task) for task in TASKS]
@@ -634,7 +645,7 @@ class Circuit(Study):
             rows, logits, _ = answered(run, params, number, patch=patch)
             whole, lengths = right_sequences(rows, logits)
             return whole[lengths > 1].mean()
-        rows = answered(run, params, number)[0]
+        rows = evaluation_rows(run, number)
         return {"follows": follows(run, params, number), "moved": Circuit.moved(run, params, number),
                 "tried": [accuracy(patch) for patch in Circuit.patches(run, rows)]}
 
@@ -654,7 +665,7 @@ class Circuit(Study):
     def moved(run, params, number):
         """Position subtraction: EoI alone is given the position after its own, as if L were L + 1. Share
         of the states, also states there, that then look one before x_t."""
-        rows = answered(run, params, number)[0]
+        rows = evaluation_rows(run, number)
         eoi = torch.cat([0 * rows["index"], (rows["index"] == 0).long()], 1)
         further = rows | {"position": rows["position"] + eoi}
         looked = forward(run, params, further, run.slots)[1][-1][:, 0].argmax(-1)
@@ -724,15 +735,14 @@ class Update(Study):
                 "kind": (2 * s + x)[at][::5]}
 
     def claims(arrays, say):
-        (before, hidden), (along, alone) = arrays["probe"].T, arrays["flipped"].T
+        (before, hidden), (along, by_x) = arrays["probe"].T, arrays["flipped"].T
         source = f'{NOTES}: "how the state updates is performed by the second MLP"; ours'
         say("xor-not-before", "the nearer mean (of other places) tells s xor x before the second MLP in "
             "less than .75", source, before, "<", .75)
         say("xor-in-hidden", "and from its hidden units in more than .95", source, hidden, ">", .95)
         say("xor-flips", "hidden units moved by the difference of the means flip the answer (an "
             "intervention; share)", source, along, ">", .95)
-        say("x-alone-does-not", "as long a step along the difference by x does not", OURS, alone,
-            "<", .5)
+        say("x-alone-does-not", "as long a step along the difference by x does not", OURS, by_x, "<", .5)
 
     def draw_update(arrays, flags):
         figure, (ax,) = common.panels(1, "How does the last MLP make s xor x?", flags)
@@ -786,6 +796,7 @@ class Transfer(Study):
     smoke = Study.smoke | dict(runs=1)
     pairs = (("polynomial", "parity"), ("copy", "parity"), ("parity", "copy"), ("parity", "polynomial"))
     parts = "all", "last-block", "second-mlp"
+    measure = measure_follows
 
     def check(flags):
         if {*flags.given} & {"task", "source", "learns", "sweep"}:
@@ -811,14 +822,13 @@ class Transfer(Study):
         groups = common.groups_of_runs(flags)
         before = [[*{str(run): run for child in runs for run in Transfer.scratch(child)}.values()]
                   for runs in groups]
-        first = dict(groups=before, folder=folder / "scratch")
-        old, names = train(flags, **first), [str(run) for runs in before for run in runs]
+        trained = common.train(before, folder / "scratch", **Transfer.law)
+        old, names = collected(flags, trained, constants), [str(run) for t in trained for run in t.runs]
         if common.NOW.asked:
             return old | dict.fromkeys(("ratio", "kept", "gain"), math.nan * old["reach"])
-        trained = common.train(**Transfer.law, **first)  # from its checkpoint
         params = [common.run_of(t.params, r) for t in trained for r in range(len(t.runs))]
         def places(run):
-            return [names.index(str(old)) for old in Transfer.scratch(run)]
+            return [names.index(str(parent)) for parent in Transfer.scratch(run)]
         def begin(run):
             mine = params[places(run)[0]]
             return {"params": mine, **common.adam_init(mine)}
@@ -827,9 +837,6 @@ class Transfer(Study):
         return new | {"ratio": new["reach"] / old["reach"][task],
                       "gain": new["follows"] - old["follows"][task],
                       "kept": new["peak_second"] / old["peak_second"][source]}
-
-    def measure(run, params, number):
-        return {"follows": follows(run, params, number)}
 
     def claims(arrays, say):
         def at(key, source="polynomial", task="parity", n=8, part="all"):
@@ -871,7 +878,7 @@ class Mix(Study):
     def measure(run, params, number):
         flips = []
         for i in range(len(number["problem"])):
-            rows, *_ = answered(run, params, number, i)
+            rows = evaluation_rows(run, number, i)
             token, there = rows["token"].clone(), number["problem"][-1 - i]
             token[:, :run.slots][rows["index"] == 0] = 2 + there
             other = DIGIT + update(run, torch.full_like(rows["s"], there), rows["s"], rows["ahead"])
@@ -963,9 +970,9 @@ class Curriculum(Study):
     ways = {"increasing": (True, 0.), "mostly-short": (False, -2.), "mostly-long": (False, 2.)}
 
     def points(flags):
+        ways = (False, 0.), *Curriculum.ways.values()
         return [dict(task=task, increasing=increasing, length_power=power)
-                for task in ("polynomial", "parity")
-                for increasing, power in ((False, 0.), *Curriculum.ways.values())]
+                for task in ("polynomial", "parity") for increasing, power in ways]
 
     def sample(flags, number, t):
         rows, weight = sample(flags, number, t)
@@ -1001,13 +1008,13 @@ class Positions(Study):
 
     arrays: as of `train`; follows [R]; left_out [R], the accuracy at L = Lmax - 1."""
     defaults = dict(steps=2000)
+    measure = measure_follows
 
     def points(flags):
-        out = flags.max_length - 1
-        kinds = ((0, False, 0), (2, False, 0), (8, False, 0), (0, True, 0), (0, False, out),
-                 (8, False, out))
-        return [dict(task=task, pos_dim=d, freeze_pos=frozen, omit_length=out)
-                for d, frozen, out in kinds for task in ("polynomial", "parity")]
+        n = flags.max_length - 1
+        kinds = ((0, False, 0), (2, False, 0), (8, False, 0), (0, True, 0), (0, False, n), (8, False, n))
+        return [dict(task=task, pos_dim=d, freeze_pos=frozen, omit_length=n)
+                for d, frozen, n in kinds for task in ("polynomial", "parity")]
 
     def coordinates(run, p):
         """1 for the coordinates that positions have, of each row of P."""
@@ -1026,9 +1033,6 @@ class Positions(Study):
             return rows, weight * (rows["length"] != number["omit_length"])
         arrays = train(flags, folder, start=begin, **freezing(Positions.learning, omitting))
         return arrays | {"left_out": arrays["by_length"][:, -2]}
-
-    def measure(run, params, number):
-        return {"follows": follows(run, params, number)}
 
     def claims(arrays, say):
         def at(key, task, pos_dim=0, freeze_pos=False, omit_length=0):
@@ -1098,9 +1102,8 @@ class Longer(Study):
 class Heads(Study):
     """With more heads than needed, who does the work?
 
-    arrays: as of `train`; carried [R, layers, H]: each head's share of what all heads of its layer cost
-    in loss when their outputs at the answers are set to their means, one by one; first_share, last_share
-    [R], the largest of the first and of the last layer."""
+    arrays: as of `train`; carried [R, layers, H]: each head's share of what its layer's heads cost in
+    loss, outputs at the answers averaged one by one; first_share, last_share [R], the largest."""
     defaults = dict(steps=2000)
 
     def points(flags):
@@ -1110,9 +1113,10 @@ class Heads(Study):
         size, lost = run.d_model // run.n_heads, torch.zeros(run.n_layers, run.n_heads)
         def loss(patch):
             return measured(run, *answered(run, params, number, patch=patch))["loss"]
+        whole = loss(unchanged)
         for l, h in np.ndindex(*lost.shape):
             part = slice(None), slice(-run.slots, None), slice(h * size, (h + 1) * size)
-            lost[l, h] = loss(changed(f"heads{l}", average, part)) - loss(unchanged)
+            lost[l, h] = loss(changed(f"heads{l}", average, part)) - whole
         carried = lost.clamp(min=0) / lost.clamp(min=0).sum(1, keepdim=True)
         return {"carried": carried, "first_share": carried[0].max(), "last_share": carried[-1].max()}
 
@@ -1151,7 +1155,7 @@ class Grokking(Study):
         key, rows = common.key(number["seed"], 1, t), number["train_set"].clamp(min=2) // 2
         return rows_at(flags, number, common.integers(key, rows, flags.batch // 2))
 
-    def evaluate_of(flags):
+    def known_of(flags):
         def evaluate(params, number):
             count = number["train_set"].clamp(min=2) // 2
             first = torch.arange(256, device=count.device) % count
@@ -1162,8 +1166,7 @@ class Grokking(Study):
             return evaluate_of(flags)(params, number) | {"memorised": known}
         return evaluate
 
-    law = Study.law | dict(step_of=lambda flags: step_of(flags, Grokking.sample),
-                           evaluate_of=evaluate_of)
+    law = Study.law | dict(step_of=lambda flags: step_of(flags, Grokking.sample), evaluate_of=known_of)
 
     def claims(arrays, say):
         ratio = arrays["reach"] / reach(arrays, arrays["eval_memorised"])
@@ -1181,7 +1184,7 @@ class Grokking(Study):
                            "eval_memorised", "eval_accuracy")
 
 
-# ---- The induction law, for the next two studies ----------------------------------------------------
+# The induction law, for the next two studies
 FRENCH, BIRTH = "notes on two-layer transformers", "Bietti et al. 2023"
 
 
@@ -1278,39 +1281,40 @@ def memories(flags, params):
 def seen_before(tokens):
     """[n, T, T]: whether a key follows an earlier copy of the query's token."""
     copy = tokens[:, :, None] == tokens[:, None].roll(1, -1)
-    T = tokens.shape[1]
-    place = torch.arange(T, device=tokens.device)
+    place = torch.arange(tokens.shape[1], device=tokens.device)
     return copy & (place <= place[:, None]) & (place > 0)
 
 
+def induction_scores(flags, params, number, logits, maps):
+    """loss; accuracy where the token was seen before; A1, attention of the first layer to the token
+    before, and A2, of the second to what followed the token before, each of the best head; and how many
+    rows of a memory are right, see `memories`: recall_<memory>."""
+    target, copies = number["sequences"][:, 1:], seen_before(number["sequences"][:, :-1])
+    seen, right = copies.any(-1), logits.argmax(-1) == target
+    A2 = ((maps[1] * copies[:, None]).sum(-1) * seen[:, None]).sum((0, 2)) / seen.sum()
+    A1 = maps[0].diagonal(-1, -2, -1).mean((0, 2))
+    found = {"loss": nll(logits, target).mean(), "accuracy": (right * seen).sum() / seen.sum(),
+             "A1": A1.amax(), "A2": A2.amax()}
+    for name, memory in memories(flags, params).items():
+        shift = int(name == "position")
+        rows = torch.arange(len(memory) - shift, device=memory.device)
+        found[f"recall_{name}"] = (memory.argmax(-1)[shift:] == rows).float().mean()
+    return found
+
+
 def induction_evaluate_of(flags):
-    """What is evaluated of ONE run: loss; accuracy where the token was seen before; A1, attention of the
-    first layer to the token before, and A2, of the second to what followed the token before, each of the
-    best head; and how many rows of a memory are right, see `memories`: recall_<memory>."""
+    """What is evaluated of ONE run: `induction_scores`."""
     def evaluate(params, number):
-        tokens, target = number["sequences"][:, :-1], number["sequences"][:, 1:]
-        logits, maps = induction_logits(flags, params, tokens)
-        copies = seen_before(tokens)
-        seen, right = copies.any(-1), logits.argmax(-1) == target
-        A2 = ((maps[1] * copies[:, None]).sum(-1) * seen[:, None]).sum((0, 2)) / seen.sum()
-        A1 = maps[0].diagonal(-1, -2, -1).mean((0, 2))
-        found = {"loss": nll(logits, target).mean(), "accuracy": (right * seen).sum() / seen.sum(),
-                 "A1": A1.amax(), "A2": A2.amax()}
-        for name, memory in memories(flags, params).items():
-            shift = int(name == "position")
-            rows = torch.arange(len(memory) - shift, device=memory.device)
-            found[f"recall_{name}"] = (memory.argmax(-1)[shift:] == rows).float().mean()
-        return found
+        seen = induction_logits(flags, params, number["sequences"][:, :-1])
+        return induction_scores(flags, params, number, *seen)
     return evaluate
 
 
-@functools.cache
-def exactly(alpha, V, T):
+def exactly(flags):
     """Loss (nats) of the Bayes predictor (floor) and of who counts only what followed this token
     (counting), exact given the tokens of evaluation: mean and standard error over sequences."""
-    tokens = fixed_sequences(Flags(noise=alpha, n_tokens=V, seq_length=T))[:, :-1]
-    found = np.array([[-torch.xlogy(p, q).sum(-1).mean() for q in (p, counted)]
-                      for p, counted in (posterior(x, alpha, V) for x in tokens)])
+    each = (posterior(x, flags.noise, flags.n_tokens) for x in fixed_sequences(flags)[:, :-1])
+    found = np.array([[-torch.xlogy(p, q).sum(-1).mean() for q in (p, counted)] for p, counted in each])
     error = found.std(0, ddof=1) / len(found) ** .5
     return dict(zip(("floor", "counting"), zip(found.mean(0), error)))
 
@@ -1368,19 +1372,16 @@ class Memory(common.Study):
         if flags.n_layers != 2:
             raise common.Stop(f"--study {flags.study} takes --n-layers 2")
 
-    def measure(run, params, number):
-        return induction_measure(run, params, number)
-
+    measure = induction_measure
     compute = train
 
 
 class Induction(Memory):
     """When and by which memories is an induction head learned, and what does the gradient prune?
 
-    arrays: as of `train`, `induction_evaluate_of`, `induction_measure`; eval_maps, eval_maps_one [R, M,
-    layers, H, T, T], attention, mean over sequences and of the first of them, whose tokens are
-    example [T]; eval_push, eval_push_one, by how much a step against the gradient moves attention (to
-    first order, in proportion); floor, counting [2], see `exactly`."""
+    arrays: as of `train`, `induction_scores`, `induction_measure`; eval_maps, eval_maps_one [R, M,
+    layers, H, T, T], attention, the mean and in the first sequence, example [T]; eval_push, _one, by how
+    much a step against the gradient moves attention, to scale; floor, counting [2], see `exactly`."""
     defaults = Memory.defaults | dict(runs=8)
 
     def pushes_of(flags):
@@ -1390,12 +1391,12 @@ class Induction(Memory):
                 def patch(name, x):
                     return x + moved[int(name[-1])] if name.startswith("attention") else x
                 logits, maps = induction_logits(flags, params, tokens, patch)
-                return nll(logits, target).mean(1).sum(), torch.stack(maps)
+                return nll(logits, target).mean(1).sum(), (logits, torch.stack(maps))
             B, T = tokens.shape
             still = torch.zeros(flags.n_layers, B, flags.n_heads, T, T, device=tokens.device)
-            grads, (_, maps) = grad_and_value(loss_of, has_aux=True)(still)
+            grads, (_, (logits, maps)) = grad_and_value(loss_of, has_aux=True)(still)
             push = maps * ((maps * grads).sum(-1, keepdim=True) - grads)
-            return induction_evaluate_of(flags)(params, number) | {
+            return induction_scores(flags, params, number, logits, maps) | {
                 "maps": maps.mean(1), "maps_one": maps[:, 0], "push": push.mean(1),
                 "push_one": push[:, 0]}
         return evaluate
@@ -1403,9 +1404,8 @@ class Induction(Memory):
     law = Memory.law | dict(evaluate_of=pushes_of)
 
     def compute(flags, folder):
-        arrays = train(flags, folder)
-        known = exactly(flags.noise, flags.n_tokens, flags.seq_length)
-        return arrays | known | {"example": fixed_sequences(flags)[0, :-1]}
+        example = fixed_sequences(flags)[0, :-1]
+        return train(flags, folder) | exactly(flags) | {"example": example}
 
     def edges(arrays, key):
         """[R, M, edges] of both layers, from a query to itself and those before it."""
@@ -1464,7 +1464,7 @@ class Induction(Memory):
 class Conditions(Memory):
     """For which data and parameters is the induction circuit learned, and where does it fail?
 
-    arrays: as of `train`, `induction_evaluate_of`, `induction_measure`."""
+    arrays: as of `train`, `induction_scores`, `induction_measure`."""
     changes = (dict(), dict(noise=0.), dict(noise=.3), dict(noise=.6), dict(init_scale=.1),
                dict(init_scale=3.), dict(mlp=True), dict(norm="layer"), dict(norm="none"),
                dict(n_tokens=10), dict(d_model=32), dict(d_model=16), dict(d_model=8), dict(d_model=4),
@@ -1482,8 +1482,8 @@ class Conditions(Memory):
         for change in Conditions.changes[1:]:
             name = ",".join(f"{k}={v}" for k, v in change.items())
             say(f"same-circuit:{name}", f"{name}: the same circuit is learned (A1 and A2 above .7, "
-                "replaced tokens followed in .9; the least, against its limit)", f"{FRENCH}, experiment "
-                "3", at(circuit, change), ">", 1)
+                "replaced tokens followed in .9; the least, against its limit)",
+                f"{FRENCH}, experiment 3", at(circuit, change), ">", 1)
         say("layernorm", "LayerNorm instead of RMSNorm changes A1 by more than .1",
             f'{FRENCH}: "LayerNorm probably change the picture a little bit"',
             np.abs(at(arrays["A1"], dict(norm="layer")) - at(arrays["A1"], {})), ">", .1)

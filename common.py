@@ -15,7 +15,6 @@ import html
 import json
 import operator
 import os
-import platform
 import re
 import shlex
 import sys
@@ -52,7 +51,7 @@ for cache in environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache"), 
 environ["MPLBACKEND"] = "agg"  # a notebook's own backend is not at hand in a script
 sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
 for stream in sys.stdout, sys.stderr:
-    if hasattr(stream, "reconfigure"):
+    with suppress(AttributeError):
         stream.reconfigure(errors="replace")  # it may know ASCII only
 
 import matplotlib
@@ -85,8 +84,7 @@ def tell(text):
 def flag(default, help, low=-inf, high=inf, number=False):
     """A dataclass field that is a command-line flag: default, help (with units), inclusive bounds, and
     whether it is only numbers to the tensor program, so that runs which differ in it share one."""
-    return field(default_factory=lambda: default,
-                             metadata=dict(help=help, low=low, high=high, number=number))
+    return field(default_factory=lambda: default, metadata=locals())
 
 class Study:
     """One question: its docstring asks it in the first line and says what its arrays hold. A namespace:
@@ -249,7 +247,7 @@ def groups_of_runs(flags):
     if "sweep" not in flags.given:
         points = flags.room.points(flags) or points
     for point in points:
-        own = {k: v for k, v in flags.given.items() if k in point and k not in ("steps", "runs")}
+        own = {k: v for k, v in flags.given.items() if k in point.keys() - {"steps", "runs"}}
         for r in range(point.get("runs", flags.runs)):
             run = replace(flags, **point | own | dict(seed=flags.seed + r, runs=1, sweep=[]))
             run.check()
@@ -308,7 +306,7 @@ def uniform(key, *shape):
 def adam_init(params):
     """Zero moments and step count t (int64) for `adamw`."""
     zeros = tree_map(torch.zeros_like, params)
-    return {"m": zeros, "v": zeros, "t": torch.zeros((), dtype=torch.int64)}
+    return {"m": zeros, "v": zeros, "t": torch.tensor(0)}
 
 def adamw(params, grads, state, lr, weight_decay=0., beta1=.9, beta2=.999, eps=1e-8):
     """One step of AdamW (Loshchilov & Hutter 2019, decoupled decay lr * weight_decay); weight_decay=0 is
@@ -352,6 +350,7 @@ READ = 100               # steps between two readings of the logs
 CACHE_NUMBERS = 2 ** 14  # on a CPU: parameters, and an eighth of the constants, of a block (measured)
 CARD_BYTES = 2 ** 28     # on a card: what a step of the runs of a block holds
 COMPILE_PAYS = 40.       # seconds of eager training from which compiling pays on a CPU (measured)
+TINY = 32                # parameters of a run, up to which the runs of a block lie innermost in memory
 
 def stack(states):
     """Nested dicts of tensors, one per run, to one with a leading axis of runs."""
@@ -392,10 +391,12 @@ class Program:
     compiled, on CUDA captured; the state is updated in place, logs go to buffers on the device.
     state, number: nested dicts [B, ...], copied; logs: what a step of one run logs."""
     def __init__(self, step, state, number, logs, at):
-        self.state, self.number = to(at, (state, number))
         self.size = len(state["t"])
-        self.rows = tree_map(lambda x: x.new_zeros(self.size, READ, *x.shape), logs)
-        self.row = torch.zeros(1, dtype=torch.int64, device=at)
+        self.tiny = sum(x[0].numel() for x in state["params"].values()) <= TINY
+        rows = tree_map(lambda x: x.new_zeros(self.size, READ, *x.shape), logs)
+        lay = lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0) if self.tiny else x
+        self.state, self.number, self.rows = tree_map(lay, to(at, (state, number, rows)))
+        self.row = torch.tensor([0], device=at)
         alone = lambda *inputs: step(*run_of(inputs, 0))
         many = torch.vmap(step) if self.size > 1 else alone
         def update(state, number, rows, row):
@@ -420,13 +421,14 @@ class Program:
     def compile(self):
         """Compile the step and, on CUDA, capture it; returns why that failed, or nothing."""
         eager = self.update
-        # random numbers stay in a buffer (else each kernel hashes them again and takes long to compile);
+        # random numbers stay in a buffer (else each kernel hashes them again and takes long to compile),
+        # but a tiny step is one kernel;
         # instruction sets are believed to be there (ten seconds of tests), else tested after all
         for believed in True, None:
             torch._dynamo.reset()  # else the ninth program of a process is a version of the first
             try:  # dynamic=False: all blocks go through the same kernels
                 self.update = torch.compile(eager, fullgraph=True, dynamic=False, options={
-                    "realize_opcount_threshold": 8, "cpp.vec_isa_ok": believed})
+                    "realize_opcount_threshold": 100 if self.tiny else 8, "cpp.vec_isa_ok": believed})
                 self.capture() if self.row.is_cuda else self.trial(1)
                 return
             except Exception as error:  # no compiler, a full disk, ...: eager is always right
@@ -620,9 +622,9 @@ def experiment(flags):
 def config(flags, finished):
     """What config.json holds."""
     at = device(flags)
-    name = cuda.get_device_name(at) if at.type == "cuda" else platform.machine()
+    name = cuda.get_device_name(at) if at.type == "cuda" else ""
     commit = f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD 2>{os.devnull}"
-    return dict(flags=plain_flags(flags), argv=flags.argv, finished=finished, device=f"{at} ({name})",
+    return dict(flags=plain_flags(flags), argv=flags.argv, finished=finished, device=f"{at} {name}",
                 tf32=torch.backends.cuda.matmul.allow_tf32, commit=getoutput(commit),
                 versions={module.__name__: module.__version__ for module in (torch, np, matplotlib)},
                 compiled=NOW.compiled, seconds=NOW.seconds)
@@ -754,11 +756,11 @@ def band(ax, x, y, label, colour):
     ax.fill_between(x, low, high, color=colour, alpha=.2)
     ax.plot(x, middle, color=colour, label=f"{label} ({runs.sum()} of {len(runs)} runs)")
 
-def shelf(ax, y, text, colour="grey", side="right"):
+def shelf(ax, y, text, side="right"):
     """A dashed horizontal line with its name: a floor, chance, a level that is known exactly."""
-    ax.axhline(y, color=colour, ls="--", zorder=3)
+    ax.axhline(y, color="grey", ls="--", zorder=3)
     paper = dict(facecolor="white", edgecolor="none", alpha=.7, pad=.4)  # curves pass behind the label
-    ax.text(side == "right", y, text, transform=ax.get_yaxis_transform(), color=colour, fontsize=6.5,
+    ax.text(side == "right", y, text, transform=ax.get_yaxis_transform(), color="grey", fontsize=6.5,
             ha=side, va="bottom", bbox=paper)
 
 def image(ax, x, title, figure, xlabel="", ylabel="", limits=None):
@@ -772,11 +774,6 @@ def figures_of(room):
     """{name: draw function} of a study, in the order of its text."""
     return {k[5:]: f for k, f in vars(room).items() if k.startswith("draw_")}
 
-def save_figure(path, figure):
-    """Write a figure as path.png, or the bytes of an animation as path.gif."""
-    write(path.with_suffix(".gif" if isinstance(figure, bytes) else ".png"), figure)
-    plt.close("all")
-
 # ---- The command line of a script -------------------------------------------------------------------
 def main(cls, studies, argv=None):
     """Run a script. Returns the exit status: 0, 2 for what the user can mend, 130 after Ctrl-C."""
@@ -784,7 +781,7 @@ def main(cls, studies, argv=None):
     try:
         return run_study(cli(cls, studies, argv), script)
     except (Stop, argparse.ArgumentError) as error:
-        message = f"{error}".replace("ignored explicit argument", "it takes no value, not")
+        message = error
     except KeyboardInterrupt:
         message, status = "stopped at once; what was saved before can be resumed", 130
     except DistError:
@@ -835,8 +832,8 @@ def conclude(flags, arrays):
         write(summary, read(summary) | {"claims": found})
     else:
         summarise(flags, found)
-    verdicts = [c["verdict"] for c in found]
-    counts = ", ".join(f"{verdicts.count(v)} {v}" for v in VERDICTS.values())
+    verdicts = Counter(c["verdict"] for c in found)
+    counts = ", ".join(f"{verdicts[v]} {v}" for v in VERDICTS.values())
     text = f"### {experiment(flags)}, {flags.study}: {len(read(summary)['runs'])} runs; {counts}\n\n"
     text += "| claim | statement | expected | measured | verdict |\n| --- | --- | --- | --- | --- |\n"
     for c in found:
@@ -846,8 +843,9 @@ def conclude(flags, arrays):
     draws = figures_of(flags.room)
     for name in flags.figures or draws:
         figure = draws[name](arrays, flags)
-        if figure:
-            save_figure(NOW.folder / name, figure)
+        if figure:  # or the bytes of an animation
+            write(NOW.folder / f"{name}.{'gif' if isinstance(figure, bytes) else 'png'}", figure)
+        plt.close("all")
     diverged = sum(ends["diverged"] for _, ends in NOW.rows)
     if diverged:
         tell(f"{diverged} of {len(NOW.rows)} runs diverged: see summary.csv")
@@ -897,8 +895,8 @@ def fork(source, target, *wanted):
         raise Stop(f"the studies of {source} are {', '.join(rooms)}")
     names = [rooms[w] for w in wanted]
     kept = script.reach(["Flags", "common", "check", *names]).keys() | {"STUDIES"}
-    pairs = pairwise(script.tree.body[:-1]), pairwise(script.members.values())
-    for before, node in chain(*pairs):  # what stands between them goes with the second
+    # what stands between two statements goes with the second
+    for before, node in chain(pairwise(script.tree.body[:-1]), pairwise(script.members.values())):
         if not defined(node) & kept:
             for i in range(before.end_lineno, node.end_lineno):
                 lines[i] = f"\n\n{lines[i]}" if lines[i].startswith("# ====") else None

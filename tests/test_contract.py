@@ -98,7 +98,7 @@ def test_compiled_is_eager(exp, tmp_path):
 @pytest.mark.parametrize("line, words", [
     ("--lrr 1", "unknown flag --lrr; did you mean --lr?"), ("--steps x", "'x' is not int from 1"), ("--steps 0", "from 1"),
     ("--steps 1e-3", "not int"), ("--steps nan", "not int"), ("--lr nan", "not float"), ("--lr 1e999", "not float"),
-    ("--resume True", "no flag takes True"), ("--smoke=1", "takes no value"), ("--lr", "expected one argument"),
+    ("--resume True", "no flag takes True"), ("--smoke=1", "ignored explicit argument"), ("--lr", "expected one argument"),
     ("--study nonsense", "choose from"), ("--device nonsense", "choose from"), ("--device cuda", "sees none"),
     ("--sweep seed=1,2", "not a field to sweep"), ("--sweep lr=1 lr=2", "each field once"), ("--sweep lr", "is not float"),
     ("--sweep lr=1,x", "'x' is not float"), ("--figures nonsense", "draws"), ("--plot-only", "cannot read"),

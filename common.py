@@ -394,9 +394,9 @@ class Program:
         self.size = len(state["t"])
         self.tiny = sum(x[0].numel() for x in state["params"].values()) <= TINY
         rows = tree_map(lambda x: x.new_zeros(self.size, READ, *x.shape), logs)
-        lay = lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0) if self.tiny else x
+        lay = lambda x: torch.stack(x.unbind(), -1).movedim(-1, 0) if self.tiny else x
         self.state, self.number, self.rows = tree_map(lay, to(at, (state, number, rows)))
-        self.row = torch.tensor([0], device=at)
+        self.row = torch.arange(1, device=at)
         alone = lambda *inputs: step(*run_of(inputs, 0))
         many = torch.vmap(step) if self.size > 1 else alone
         def update(state, number, rows, row):

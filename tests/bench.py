@@ -158,7 +158,8 @@ def leaves(x):
     return [leaf for v in x.values() for leaf in leaves(v)] if isinstance(x, dict) else [x]
 
 
-def house_row(name, repeats, seconds, each, models, loss_of, drawn, begin, step, constants=None, **optimiser):
+def house_row(name, repeats, seconds, each, models, loss_of, drawn, begin, step, constants=None, optimisers=None, compared=True,
+              **optimiser):
     """A row for runs `each` on the second edition: loss_of(model, run, t) is the notebook's own loss of a step, drawn(run, t)
     -> data for loss_of(.., data=) what our step t draws: the losses of three steps must agree."""
     flags, runs, at = each[0], len(each), house.device(each[0])
@@ -176,7 +177,7 @@ def house_row(name, repeats, seconds, each, models, loss_of, drawn, begin, step,
         compile_seconds = time.perf_counter() - start
     if failed:
         raise SystemExit(f"no ratio without a compiler: {failed}")
-    optimisers = [torch.optim.AdamW(m.parameters(), lr=flags.lr, **optimiser) for m in models]
+    optimisers = optimisers or [torch.optim.AdamW(m.parameters(), lr=flags.lr, **optimiser) for m in models]
 
     def notebook(steps, drawn=lambda run, t: None):
         losses = torch.zeros(steps, runs)
@@ -188,7 +189,8 @@ def house_row(name, repeats, seconds, each, models, loss_of, drawn, begin, step,
     def ours(steps):
         return [program(steps)["loss"] for _ in blocks]  # every block goes through the same program
     kept, few = house.to(at, program.state), min(size, runs)
-    agree(name, lambda n: notebook(n, drawn)[:, :few], lambda n: program(n)["loss"].T[:, :few])
+    if compared:
+        agree(name, lambda n: notebook(n, drawn)[:, :few], lambda n: program(n)["loss"].T[:, :few])
     house.fill(program.state, kept)
     pairs = in_turns(notebook, ours, house.READ, repeats, seconds)
     share = bound / statistics.median(x for _, x in pairs)
@@ -380,53 +382,40 @@ class AssociativeMemory(nn.Module):
         return h @ self.U.T
 
 
-def landscape_row(name, repeats, seconds, runs):
-    """Runs that share a program. First W is compared after three steps: ours logs the exact loss, a notebook its batch's."""
-    flags, dtype = runs[0], getattr(torch, runs[0].dtype)
-    state, laws = common.stack(exp_landscape.start(run) for run in runs), [exp_landscape.law_of(run) for run in runs]
-    models = [AssociativeMemory(W, law, run.norm, run.eps) for run, W, law in zip(runs, state["params"]["W"], laws)]
-    kinds = {"gd": torch.optim.SGD, "sgd": torch.optim.SGD, "adam": torch.optim.Adam}
-    optimisers = [kinds[run.optimiser](model.parameters(), lr=run.lr) for run, model in zip(runs, models)]
-    theirs, mine = itertools.count(), itertools.count()
+def landscape_row(name, repeats, seconds, each):
+    """Runs that share a program. A batch's loss is not logged by ours, which logs the exact one: then nothing is compared."""
+    params = [exp_landscape.start(run)["params"]["W"] for run in each]
+    number = [exp_landscape.constants(run) for run in each]
+    models = [AssociativeMemory(W, law, run.norm, run.eps) for run, W, law in zip(each, params, number)]
+    law = {run: n["joint"] for run, n in zip(map(str, each), number)}
+    x = torch.arange(each[0].n_tokens)
+    tables = {run: joint.flatten().double() for run, joint in law.items()}
 
-    def notebook(steps):
-        chunk, x = next(theirs), torch.arange(flags.n_tokens)
-        for run, law, model, optimiser in zip(runs, laws, models, optimisers):
-            p = law["joint"].sum(1).to(dtype)
-            drawn = [x * run.n_classes + x % run.n_classes] * steps
-            if run.batch:
-                counts = (exp_landscape.draws(run, chunk)[:steps] * run.batch).round().int().flatten(1)
-                drawn = [torch.arange(len(c)).repeat_interleave(c) for c in counts]
-            for pair in drawn:
-                x, y = pair // run.n_classes, pair % run.n_classes
-                each = F.cross_entropy(model(x), y, reduction="none")
-                loss = each.mean() if run.batch else (p * each).sum()
-                update(optimiser, loss)
-        return torch.stack([model.W.detach().flatten() for model in models], 1)
-
-    def draw(steps):
-        chunk, empty = next(mine), torch.zeros(len(runs), steps, 0)
-        data = [exp_landscape.draws(run, chunk)[:steps].to(dtype) for run in runs] if flags.batch else empty
-        return torch.stack(list(data), 1)
-    fused = compiled(common.Fused, exp_landscape.step_of(flags, False, flags.batch > 0), state, exp_landscape.constants(runs),
-                     draw(1)[0], flags, common.CHUNK, unroll=exp_landscape.unroll(flags))
-    mine = itertools.count()
-    agree(name, notebook, lambda n: [fused(draw(n)), fused.state()["params"]["W"].flatten(1).T][1])
-    theirs, mine = (itertools.count(1) for _ in range(2))
-    return row(name, len(runs), notebook, fused, draw, repeats, seconds, checked=True)
+    def loss_of(model, run, t, data=None):
+        if not run.batch:
+            each = F.cross_entropy(model(x), x % run.n_classes, reduction="none")
+            return (law[str(run)].sum(1) * each).sum()
+        pair = torch.multinomial(tables[str(run)], run.batch, replacement=True)
+        return F.cross_entropy(model(pair // run.n_classes), pair % run.n_classes)
+    kinds = {"gd": torch.optim.SGD, "adam": torch.optim.Adam}
+    optimisers = [kinds[run.optimiser](model.parameters(), lr=run.lr) for run, model in zip(each, models)]
+    return house_row(name, repeats, seconds, each, models, loss_of, lambda run, t: None, exp_landscape.start,
+                     exp_landscape.step_of(each[0]), exp_landscape.constants, optimisers, not each[0].batch)
 
 
 def rates_row(name, *a, **fields):
-    base = replace(exp_landscape.Flags(study="rates", compile="on", device="cpu", init_scale=0.), **fields)
-    return landscape_row(name, *a, [replace(base, **point) for point in exp_landscape.points_of(base)])
+    study = exp_landscape.Rates
+    base = exp_landscape.Flags(**{**study.defaults, "block": 1000, **fields}, device="cpu", room=study)
+    return landscape_row(name, *a, [replace(base, **point) for point in study.points(base)])
 
 
 def ranking_row(name, *a, d, block, methods):
-    own = exp_landscape.Flags.per_study["ranking"] | dict(d_model=d, block=block)
-    base = exp_landscape.Flags(compile="on", device="cpu", **own)
-    runs = [replace(base, optimiser=o, norm="sphere" if norm else "none", lr=.1 / (1 if o == "sgd" else d), seed=seed)
-            for o, norm in map(exp_landscape.METHODS.get, methods) for seed in range(base.runs)]
-    return landscape_row(name, *a, runs)
+    study = exp_landscape.Ranking
+    base = exp_landscape.Flags(**study.defaults | dict(d_model=d, block=block), device="cpu", room=study)
+    ways = map(study.METHODS.get, methods)
+    each = [replace(base, optimiser=kind, norm=norm, lr=.1 / (1 if kind == "gd" else d), seed=seed)
+            for kind, norm in ways for seed in range(base.runs)]
+    return landscape_row(name, *a, each)
 
 
 class PlaneModel(nn.Module):
@@ -437,7 +426,7 @@ class PlaneModel(nn.Module):
         (vocab, d), hidden = params["E"].shape, params["W_in"].shape[1]
         self.tokens, self.positions = nn.Embedding(vocab, d), nn.Embedding(len(params["P"]), d)
         self.query, self.value = nn.Parameter(params["query"].clone()), nn.Linear(d, d, bias=False)
-        self.norm = nn.RMSNorm(d, eps=exp_landscape.RMS_EPS, elementwise_affine=False)
+        self.norm = nn.RMSNorm(d, eps=1e-5, elementwise_affine=False)
         self.inner, self.outer, self.head = nn.Linear(d, hidden), nn.Linear(hidden, d), nn.Linear(d, vocab, bias=False)
         with torch.no_grad():
             for parameter, value in ((self.tokens.weight, params["E"]), (self.positions.weight, params["P"]),
@@ -454,31 +443,28 @@ class PlaneModel(nn.Module):
 
 
 def clusters_row(name, repeats, seconds, count):
-    base = exp_landscape.Flags(study="clusters", compile="on", device="cpu", **exp_landscape.Flags.per_study["clusters"])
-    runs = [replace(base, seed=seed) for seed in range(count)]
-    sets = [exp_landscape.sequences(run) for run in runs]
-    state = common.stack(exp_landscape.start_plane(run) for run in runs)
-    models = [PlaneModel(common.run_of(state["params"], r)) for r in range(count)]
-    optimisers = [torch.optim.Adam(model.parameters(), lr=base.lr) for model in models]
-    theirs, mine = itertools.count(), itertools.count()
+    study = exp_landscape.Clusters
+    base = exp_landscape.Flags(**study.defaults | dict(sweep=[]), device="cpu", room=study)
+    each = [replace(base, seed=seed, runs=1) for seed in range(count)]
+    models = [PlaneModel(exp_landscape.plane_start(run)["params"]) for run in each]
+    sets = {run.seed: exp_landscape.plane_number(run) for run in each}
 
-    def notebook(steps):
-        losses, chunk = torch.zeros(steps, count), next(theirs)
-        for r, (run, model, optimiser) in enumerate(zip(runs, models, optimisers)):
-            data = exp_landscape.sample_sequences(run, sets[r], chunk)
-            for step, (x, y) in enumerate(zip(data["x"][:steps].long(), data["y"][:steps].long())):
-                loss = F.cross_entropy(model(x)[:, :run.modulus], y)
-                losses[step, r] = update(optimiser, loss)
-        return losses
+    def at(run, index):
+        number = sets[run.seed]
+        return exp_landscape.plane_tokens(run, number["code"][index], number)
+    known = {run.seed: at(run, torch.arange(run.n_train)) for run in each}
 
-    def draw(steps):
-        chunk = next(mine)
-        each = [exp_landscape.sample_sequences(run, s, chunk) for run, s in zip(runs, sets)]
-        return common.tree(lambda *x: torch.stack(x, 1)[:steps], *each)
-    fused = compiled(common.Fused, exp_landscape.step_of_plane(base), state, exp_landscape.constants_plane(runs, state),
-                     common.tree(lambda x: x[0], draw(1)), base, common.CHUNK)
-    mine = itertools.count()
-    return row(name, count, notebook, fused, draw, repeats, seconds)
+    def drawn(run, t):
+        key = house.key(sets[run.seed]["seed"], 0, torch.tensor(t))
+        return at(run, house.integers(key, run.n_train, run.batch))
+
+    def loss_of(model, run, t, data=None):
+        x, y = known[run.seed]
+        index = torch.randint(run.n_train, (run.batch,))
+        x, y = data or (x[index], y[index])
+        return F.cross_entropy(model(x)[:, :run.modulus], y)
+    return house_row(name, repeats, seconds, each, models, loss_of, drawn, exp_landscape.plane_start,
+                     exp_landscape.plane_step_of(base), exp_landscape.plane_constants, weight_decay=0.)
 
 
 # ---- GPT-2 ----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import common
 import common_v1
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["exp_addition", "exp_iteration_head", "exp_ngram_superposition"]  # those that stand on the new common.py
+SCRIPTS = ["exp_addition", "exp_iteration_head", "exp_layernorm_landscape", "exp_ngram_superposition"]  # those that stand on the new common.py
 STUDIES = [(name, study) for name in SCRIPTS for study in importlib.import_module(name).STUDIES]
 
 

@@ -28,6 +28,7 @@ import importlib, json, os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 import common
+from matplotlib.figure import Figure
 calls = dict(stepping=0, writing=0, drawing=0)
 
 def counted(kind, f):
@@ -38,7 +39,7 @@ def counted(kind, f):
             os.kill(os.getpid(), signal.SIGKILL)
         return f(*args, **more)
     return g
-for kind, owner, name in ("stepping", common.Program, "__call__"), ("writing", Path, "replace"), ("drawing", common, "save_figure"):
+for kind, owner, name in ("stepping", common.Program, "__call__"), ("writing", Path, "replace"), ("drawing", Figure, "savefig"):
     setattr(owner, name, counted(kind, getattr(owner, name)))
 script = importlib.import_module({script!r})
 status = common.main(script.Flags, script.STUDIES, {line!r})

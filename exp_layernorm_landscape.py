@@ -44,20 +44,21 @@ class Flags(common.Flags):
     n_tokens: int = flag(2, "N, number of tokens", 1)
     n_classes: int = flag(2, "M, number of classes; token x has class x mod M", 2)
     d_model: int = flag(2, "d, width", 1)
-    emb: str = number("pair", "e_x: canonical (unit vectors), pair (two at --cos), fan (60 degrees "
-        "apart in the plane), sphere (random), gauss (N(0, 1/d))")
+    emb: str = number(
+        "pair", "e_x: canonical (unit vectors), pair (two at --cos), fan (60 degrees apart in the "
+        "plane), sphere (random), gauss (N(0, 1/d))")
     unemb: str = number("canonical", "u_y, as --emb")
     cos: float = number(.5, "pair: cosine of the two tokens", -.9999, .9999)
-    law: Literal["uniform", "p1", "zipf"] = flag("p1", "p(x): uniform, --p1 and the rest alike, (x + "
-        "1)^-zipf")
+    law: Literal["uniform", "p1", "zipf"] = flag(
+        "p1", "p(x): uniform, --p1 and the rest alike, (x + 1)^-zipf")
     p1: float = number(.75, "probability of the first token", .0001, .9999)
     zipf: float = number(2., "exponent of the tokens' probabilities", 0)
     label_noise: float = flag(0., "probability that a label is one of the other classes", 0, .9999)
     norm: str = number("none", "N, what W e_x goes through: none, sphere, rms or layernorm")
     eps: float = number(1e-6, "inside the root of N", 0)
     init_scale: float = number(1., "W_0 ~ N(0, init_scale^2 / d); 0: from zero", 0)
-    start_at: str = number("", "d = 2: W_0 by W e_x, angle:length of each token, as 200:.5/190:.4 "
-        "(degrees)")
+    start_at: str = number(
+        "", "d = 2: W_0 by W e_x, angle:length of each token, as 200:.5/190:.4 (degrees)")
     optimiser: Literal["gd", "momentum", "normalised", "sign", "adam"] = flag(
         "gd", "normalised follows g/|g|; sign is Adam with betas and eps 0")
     lr: float = number(.1, "learning rate", 0)
@@ -104,13 +105,13 @@ def check_memory(run):
 
 # ==== Data law =======================================================================================
 def joint_of(flags):
-    """p(x, y) [N, M] in float64: token x, class x mod M or, with probability label_noise, another."""
+    """p(x, y) [M, N] in float64: token x, class x mod M or, with probability label_noise, another."""
     N, M, wrong = flags.n_tokens, flags.n_classes, flags.label_noise
     p = (torch.arange(N).double() + 1) ** -(flags.zipf if flags.law == "zipf" else 0.)
     if flags.law == "p1" and N > 1:
         p[0] = flags.p1 / (1 - flags.p1) * (N - 1)
-    right = one_hot(torch.arange(N) % M, M).double()
-    return (p / p.sum())[:, None] * ((1 - wrong) * right + wrong * (1 - right) / (M - 1))
+    right = (torch.arange(M)[:, None] == torch.arange(N) % M).double()
+    return p / p.sum() * ((1 - wrong) * right + wrong * (1 - right) / (M - 1))
 
 
 def in_plane(angles, d):
@@ -126,8 +127,8 @@ EMBEDDINGS = {  # name: (n, d, cosine, generator) -> n vectors [n, d] in float64
     "canonical": lambda n, d, cos, g: torch.eye(n, d).double(),
     "pair": lambda n, d, cos, g: in_plane(torch.tensor([0., math.acos(cos)]).double(), d),
     # 0, -60, 60, -120, .. degrees: the first vector lies in the middle
-    "fan": lambda n, d, cos, g: in_plane(torch.tensor(
-        [math.pi / 3 * ((k + 1) // 2) * (-1) ** k for k in range(n)]).double(), d),
+    "fan": lambda n, d, cos, g: in_plane(
+        torch.tensor([math.pi / 3 * ((k + 1) // 2) * (-1) ** k for k in range(n)]).double(), d),
     "sphere": lambda n, d, cos, g: normalize(random_vectors(n, d, g)),
     "gauss": lambda n, d, cos, g: random_vectors(n, d, g),
 }
@@ -142,9 +143,9 @@ NORMS = {
 
 
 def constants(run):
-    """What the step of one run reads: E [N, d], U [M, d], joint [N, M]; N as gain, centre, spread,
-    floor; the optimiser's numbers; with --batch `below`, how many of the 2^32 hashes draw a pair up to
-    this."""
+    """What the step of one run reads: E [N, d], U [M, d], joint [M, N]; N as gain, centre, spread,
+    floor; the optimiser's numbers; with --batch `below`, how many of the 2^32 hashes draw a pair
+    up to this."""
     g, joint = common.generator(run.seed, "law"), joint_of(run)
     found = {"E": EMBEDDINGS[run.emb](run.n_tokens, run.d_model, run.cos, g),
              "U": EMBEDDINGS[run.unemb](run.n_classes, run.d_model, run.cos, g), "joint": joint}
@@ -152,7 +153,7 @@ def constants(run):
     found |= {k: getattr(run, k) for k in ("lr", "momentum", "beta1", "beta2", "adam_eps")}
     found = {k: torch.as_tensor(x, dtype=getattr(torch, run.dtype)) for k, x in found.items()}
     if run.batch:
-        pairs = joint.flatten() if run.label_noise else joint.sum(1)
+        pairs = joint.flatten() if run.label_noise else joint.sum(0)
         found["below"] = (pairs.cumsum(0) / pairs.sum() * 2 ** 32).round().long()
     return found
 
@@ -163,12 +164,12 @@ def number_of(run):
 
 
 def batch_of(flags, number, t):
-    """Shares p(x, y) [N, M] of the pairs drawn at step t: a loss sees only how often each comes. A
+    """Shares p(x, y) [M, N] of the pairs drawn at step t: a loss sees only how often each comes. A
     pair's share is the share of hashes up to its bound, less that up to the one before."""
     hashes = common.hashes(common.key(number["seed"], 0, t), flags.batch)
-    below = (hashes < number["below"][:, None]).to(number["joint"].dtype).mean(1)
+    below = (hashes < number["below"][:, None]).float().sum(1).to(number["joint"].dtype) / flags.batch
     shares = torch.diff(below, prepend=torch.zeros_like(below[:1]))
-    return shares.view(flags.n_tokens, -1) * (number["joint"] > 0)
+    return shares.view(-1, flags.n_tokens) * (number["joint"] > 0)
 
 # ==== Model ==========================================================================================
 # Convention of the papers: h = W e_x with W [d, d]. Tokens are columns, h [d, N] and logits [M, N], so
@@ -190,11 +191,6 @@ def normalised(h, n):
     return n["gain"] * scale * c
 
 
-def logits(W, n):
-    """s [M, N]."""
-    return product(n["U"], normalised(product(W, n["E"].T), n))
-
-
 def losses(s):
     """-log softmax of s [M, N] over the classes, softmax, and 1 where a class is the one best; exact
     down to the smallest loss, since that of the best class is log1p of the others."""
@@ -207,13 +203,13 @@ def losses(s):
 
 
 def loss_and_gradient(W, joint, n):
-    """What is seen of W under the law (loss, accuracy, where a tie is an error, smallest |h| of a token,
+    """What is seen of W under the law (loss, accuracy, where a tie is an error, smallest |c| of a token,
     norms of W and of the gradient) and dL/dW [d, d] under `joint`, the law's or a batch's. The gradient
     of the logits, p(x) softmax - p(x, y), is written as a difference of two exact products."""
     c, scale = centred(product(W, n["E"].T), n)
     nll, soft, best = losses(product(n["U"], n["gain"] * scale * c))
     apart = 1 - torch.eye(len(soft), dtype=W.dtype, device=W.device)
-    joint, law = joint.T, n["joint"].T
+    law = n["joint"]
     delta = soft * product(apart, joint) - joint * product(apart, soft)
     back = product(n["U"].T, delta)
     back = n["gain"] * scale * (back - n["spread"] * scale ** 2 * c * (c * back).sum(0, keepdim=True))
@@ -225,11 +221,11 @@ def loss_and_gradient(W, joint, n):
 
 # ==== Train ==========================================================================================
 def start_from(run):
-    """W_0 [2, 2] from --start-at: W_0 e_x has this angle (degrees) and length, for each of two
-    tokens."""
+    """W_0 [2, 2] from --start-at: W_0 e_x has this angle (degrees) and length, for each
+    of two tokens."""
     try:
-        angle, length = torch.tensor([[*map(float, word.split(":"))] for word in
-                                      run.start_at.split("/")]).double().T
+        angle, length = torch.tensor([[*map(float, word.split(":"))]
+                                      for word in run.start_at.split("/")]).double().T
         h = length * in_plane(angle.deg2rad(), run.d_model).T
         return h @ torch.linalg.inv(number_of(run)["E"].T)
     except (ValueError, RuntimeError):
@@ -268,8 +264,8 @@ def step_of(flags):
         if flags.room.path:
             logs["W"] = W
         if flags.optimiser == "adam":
-            params, memory = common.adamw({"W": W}, {"W": grad}, state, number["lr"], 0., number["beta1"]
-                , number["beta2"], number["adam_eps"])
+            params, memory = common.adamw({"W": W}, {"W": grad}, state, number["lr"], 0.,
+                                          number["beta1"], number["beta2"], number["adam_eps"])
             return {"params": params, **memory}, logs
         move, memory = DIRECTIONS[flags.optimiser](grad), {"t": state["t"] + 1}
         if flags.optimiser == "momentum":
@@ -308,9 +304,10 @@ def stacked(rows):
 
 def train(flags, folder):
     """Train a study. Returns arrays with one entry a run: all settings; loss (nats), accuracy,
-    grad_norm, weight_norm (|W|) and min_hidden_norm (smallest |W e_x|) [R, S] at the steps `step` [S];
-    and what the study's measure(run, number, seen) finds in the curves of all steps [T+1] and, in
-    studies that keep the path, W [T+1, d, d]; NaN for a run that diverged or was stopped."""
+    grad_norm, weight_norm (|W|) and min_hidden_norm (smallest |W e_x|, centred under layernorm) [R, S]
+    at the steps `step` [S]; and what the study's measure(run, number, seen) finds in the curves of all
+    steps [T+1] and, in studies that keep the path, W [T+1, d, d]; NaN for a run that diverged or was
+    stopped."""
     groups, rows = common.groups_of_runs(flags), []
     at = kept_steps(flags.steps)
     for group in common.train(groups, folder, start, step_of, evaluate_of, constants):
@@ -329,7 +326,7 @@ def train(flags, folder):
 
 # ==== What several studies share =====================================================================
 NOTES, OURS = "research notes on normalised associative memories", "this project"
-BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK = common.COLOURS[:7]
+BLUE, RED, GREEN, _, ORANGE, SKY, BLACK = common.COLOURS[:7]
 BOX = 1 / (1 + math.exp(-math.sqrt(2)))  # the most that unit vectors give to one of two classes
 OPTIMISERS = dict(gd=BLUE, momentum=SKY, normalised=GREEN, sign=ORANGE, adam=RED)
 
@@ -354,8 +351,8 @@ def by_seed(arrays, x, mask, extreme=np.max):
 
 
 def floor_of(M):
-    """Least loss of unit vectors N(h) with certain labels, u orthonormal: as far from the other classes
-    as can be."""
+    """Least loss of unit vectors N(h) with certain labels, u orthonormal: as far from the
+    other classes as can be."""
     return math.log1p((M - 1) * math.exp(-math.sqrt(M / (M - 1))))
 
 
@@ -437,15 +434,14 @@ class Landscape(Study):
     """What does N make of the loss of two tokens and two classes, and where do five optimisers go?
 
     gamma [R, S, 2]: W'(u_1 - u_2); theta [R, S, 2]: angles of N(W e_x), continuous in time; right
-    [R, S, 2]: probability of each token's class; off_gamma [R]: the largest part of W_t - W_0 outside of
-    the plane of gamma, relative; turns [R, 2]: how often the slope of a token's loss changes its sign
-    around the circle of N(W e_x)."""
+    [R, S, 2]: probability of each token's class; off_gamma [R]: the largest entry of the part of
+    W_t - W_0 outside the plane of gamma, relative; turns [R, 2]: how often the slope of a token's loss
+    changes its sign around the circle of N(W e_x)."""
     path = True
     defaults = dict(runs=8)
     smoke = dict(steps=20, runs=1, evals=2)
 
-    def check(flags):
-        check_two(flags)
+    check = check_two
 
     def points(flags):
         return [dict(cos=c, norm=norm, optimiser=kind) for kind in OPTIMISERS
@@ -455,7 +451,7 @@ class Landscape(Study):
         """Loss of each token [360, 2], given itself, at angles of N(W e_x)."""
         angles = torch.arange(360).double().deg2rad()
         nll = losses(n["U"] @ in_plane(angles, 2).T)[0]
-        return nll.T @ (n["joint"] / n["joint"].sum(1, keepdim=True)).T
+        return nll.T @ (n["joint"] / n["joint"].sum(0))
 
     def measure(run, n, seen):
         at, gap = kept_steps(run.steps), np.asarray(n["U"][0] - n["U"][1])
@@ -467,27 +463,29 @@ class Landscape(Study):
         off = moved - np.einsum("i,j,tjk->tik", gap, gap, moved) / (gap @ gap)
         slopes = np.sign(np.diff(Landscape.circle(n), axis=0, append=Landscape.circle(n)[:1]))
         return {"gamma": gamma[at], "theta": theta[at], "right": 1 / (1 + np.exp(-margin * [1, -1]))[at],
-            "off_gamma": np.linalg.norm(off, axis=(1, 2)).max() / np.linalg.norm(moved, axis=(1, 2)).max
-            (), "turns": (slopes != np.roll(slopes, 1, 0)).sum(0)}
+                "off_gamma": np.abs(off).max() / (np.abs(moved).max() or 1),
+                "turns": (slopes != np.roll(slopes, 1, 0)).sum(0)}
 
     def claims(arrays, say):
         end, N = arrays["loss"][:, -1], arrays["norm"] == "sphere"
         for kind in "gd", "adam":
             off = by_seed(arrays, arrays["off_gamma"], pick(arrays, norm="none", optimiser=kind))
-            say(f"{kind}-in-two", f"{kind} moves W in the two dimensions of gamma alone (u canonical; "
-                "share outside)", f'{NOTES}: "dans le cas SGD on s\'interesse qu\'a (u_1 - u_2) e_i\' '
-                '.. pas sur que ca soit aussi le cas pour Adam"', off, "<", 1e-6)
+            say(f"{kind}-in-two", f"{kind} moves W in the two dimensions of gamma alone "
+                "(u canonical; share outside)",
+                f'''{NOTES}: "dans le cas SGD on s'interesse qu'a (u_1 - u_2) e_i' .. pas sur que ca '''
+                'soit aussi le cas pour Adam"', off, "<", 1e-6)
         say("one-minimum", "around the circle of N(W e_x) the slope of a token's loss changes its sign "
             "twice: on the torus one minimum, two saddles, one maximum",
             f'{NOTES}: "Minimum, hidden convexity"', by_seed(arrays, arrays["turns"].max(1), N), "is", 2)
         say("all-find-the-minimum", "with N every optimiser gets near the one minimum from every start "
             "(loss, nats)", OURS, by_seed(arrays, end, N), "<", floor_of(2) + .03)
-        say("loss-above-floor", "with N no loss lies below the floor (difference)", OURS,
+        say("loss-above-floor", "with N no loss lies below the floor (kept steps; difference)", OURS,
             by_seed(arrays, arrays["loss"].min(1), N, np.min) - floor_of(2), ">", -1e-12)
         fast = pick(arrays, norm="none", cos=.5) & np.isin(arrays["optimiser"], ["normalised", "sign"])
         say("box", "without N normalised gd and sign descent give a right class more than with N any "
-            "can, 1 / (1 + exp(-sqrt 2))", f'{NOTES}: "ne parametrise qu\'un sous-ensemble des '
-            'probabilites"', by_seed(arrays, arrays["right"][:, -1].min(1), fast, np.min), ">", BOX)
+            "can, 1 / (1 + exp(-sqrt 2))",
+            f'''{NOTES}: "ne parametrise qu'un sous-ensemble des probabilites"''',
+            by_seed(arrays, arrays["right"][:, -1].min(1), fast, np.min), ">", BOX)
 
     def cosines(arrays, norm):
         return np.unique(arrays["cos"][pick(arrays, norm=norm) & np.isfinite(arrays["loss"][:, -1])])
@@ -508,7 +506,7 @@ class Landscape(Study):
         low, high = gd.min((0, 1)) - 1, gd.max((0, 1)) + 1
         x, y = np.meshgrid(*[np.linspace(a, b, 200) for a, b in zip(low, high)])
         margin = np.stack([x, y], -1) @ n["E"].numpy().T * [1, -1]
-        p = n["joint"].sum(1).numpy()
+        p = n["joint"].sum(0).numpy()
         lines = ax.contour(x, y, np.logaddexp(0, -margin) @ p, [.01, .1, .4, 1, 2, 4, 8], colors="grey",
                            linewidths=.6)
         ax.clabel(lines, fontsize=5.5, fmt="%g")
@@ -516,7 +514,7 @@ class Landscape(Study):
 
     def torus(ax, n):
         """Contours of the loss in the angles of N(W e_1) and N(W e_2), its minimum, saddles, maximum."""
-        loss, p = Landscape.circle(n).numpy(), n["joint"].sum(1).numpy()
+        loss, p = Landscape.circle(n).numpy(), n["joint"].sum(0).numpy()
         angle = np.arange(-270, 361)
         levels = p[0] * loss[angle % 360, 0] + p[1] * loss[angle % 360, 1][:, None]
         ax.contour(angle, angle, levels, 12, colors="grey", linewidths=.5)
@@ -525,8 +523,9 @@ class Landscape(Study):
             at = np.array([extremes[high[0]][0], extremes[high[1]][1]])
             name, marker = [("minimum", "o"), ("saddle", "D"), ("maximum", "^")][sum(high)]
             ax.plot(*at, marker, color="white", mec="black", zorder=4)
-            ax.annotate(f"{name} {p @ loss[at, [0, 1]]:.4f}", at, (0, 8), fontsize=7, ha="center",
-                textcoords="offset points", bbox=dict(facecolor="white", edgecolor="none", pad=1))
+            ax.annotate(f"{name} {p @ loss[at, [0, 1]]:.4f}", at, (0, 8), fontsize=7,
+                        ha="center", textcoords="offset points",
+                        bbox=dict(facecolor="white", edgecolor="none", pad=1))
         ax.set(xticks=range(-270, 361, 90), yticks=range(-270, 361, 90))
 
     def draw_plain(arrays, flags):
@@ -550,12 +549,12 @@ class Landscape(Study):
         for ax, cos in zip(axes, cosines):
             Landscape.torus(ax, number_of(replace(flags, cos=float(cos))))
             Landscape.paths(ax, arrays, "theta", norm="sphere", cos=cos)
-            finish(ax, "angle of N(W e_1) (degrees)", "angle of N(W e_2)", f"cos {cos:g}, {flags.runs} "
-                "seeds")
+            finish(ax, "angle of N(W e_1) (degrees)", "angle of N(W e_2)",
+                   f"cos {cos:g}, {flags.runs} seeds")
         for (norm, style), kind in grid_of((("none", ":"), ("sphere", "-")), ("gd", "adam")):
             for i, path in enumerate(of(arrays, "right", norm=norm, optimiser=kind, cos=cosines[0])):
-                last.plot(*path.T, style, color=OPTIMISERS[kind], label=None if i else f"{kind}, N "
-                    f"{norm}")
+                last.plot(*path.T, style, color=OPTIMISERS[kind],
+                          label=None if i else f"{kind}, N {norm}")
         x = np.linspace(.02, 1, 99)
         last.contour(x, x, -flags.p1 * np.log(x) - (1 - flags.p1) * np.log(x[:, None]), 9, colors="grey",
                      linewidths=.5)
@@ -568,8 +567,8 @@ class Landscape(Study):
 class Ranking(Study):
     """Is it Adam + LN > Adam > LN > SGD, for different N, M and d?
 
-    rate [R]: the learning rate, that of sign and Adam times d; error [R]: probability of a wrong
-    answer."""
+    rate [R]: the learning rate, that of sign and Adam times d; error [R]: probability
+    of a wrong answer."""
     defaults = dict(steps=100, runs=10, n_tokens=100, n_classes=5, d_model=10, emb="sphere",
                     unemb="sphere", law="zipf", batch=1024)
     smoke = dict(steps=2, runs=1, n_tokens=10, d_model=4)
@@ -577,7 +576,8 @@ class Ranking(Study):
                "sign+LN": ("sign", "sphere"), "Adam": ("adam", "none"), "Adam+LN": ("adam", "sphere")}
     RATES = .1, 1., 10., 100.
     ORDER = "SGD", "LN", "Adam", "Adam+LN"
-    ORIGINAL = {10: (.203, .133, .094, .059), 100: (.073, .069, .044, .018)}  # errors at lr .1, by width
+    # errors of SGD, LN, sign and sign + LN at lr .1, by width
+    ORIGINAL = {10: (.203, .133, .094, .059), 100: (.073, .069, .044, .018)}
 
     def shapes(flags):
         N, M, d = flags.n_tokens, flags.n_classes, flags.d_model
@@ -615,8 +615,8 @@ class Ranking(Study):
         for N, M, d in Ranking.found_shapes(arrays):
             for rate, words in (.1, "lr .1 (Adam: lr / d)"), (None, "each at its best of four rates"):
                 say(f"order-N{N}-M{M}-d{d}-{rate or 'best'}", f"N {N}, M {M}, d {d}, {words}: errors "
-                    "fall from SGD to LN to Adam to Adam + LN (least of the three gains)", f'{NOTES}: '
-                    '"Adam + LN > Adam > LN > SGD pour differente valeure de N, M, d"',
+                    "fall from SGD to LN to Adam to Adam + LN (least of the three gains)",
+                    f'{NOTES}: "Adam + LN > Adam > LN > SGD pour differente valeure de N, M, d"',
                     Ranking.gains(arrays, (N, M, d), rate).min(0), ">", 0)
         for d, stored in Ranking.ORIGINAL.items():
             mine = [np.median(Ranking.errors(arrays, method, (100, 5, d), .1))
@@ -631,10 +631,10 @@ class Ranking(Study):
         steps = [f"{b} < {a}" for a, b in zip(Ranking.ORDER, Ranking.ORDER[1:])] + ["all three"]
         figure, axes = common.panels(2, f"In how many of {flags.runs} seeds does the error fall from "
             f"SGD to LN to Adam to Adam + LN? ({flags.steps} steps)", flags, 2, (5.4, 4.2))
-        for ax, rate, title in zip(axes, (.1, None), ("lr .1 (Adam: .1 / d)", "each at its best of four")
-                ):
-            wins = np.array([[*(gain > 0).sum(1), (gain > 0).all(0).sum()] for gain in
-                             (Ranking.gains(arrays, shape, rate) for shape in shapes)])
+        for ax, rate, title in zip(axes, (.1, None),
+                                   ("lr .1 (Adam: .1 / d)", "each at its best of four")):
+            wins = np.array([[*(gain > 0).sum(1), (gain > 0).all(0).sum()]
+                             for gain in (Ranking.gains(arrays, shape, rate) for shape in shapes)])
             common.image(ax, wins, title, figure, limits=(0, flags.runs))
             for (i, j), count in np.ndenumerate(wins):
                 ax.text(j, i, count, ha="center", va="center", backgroundcolor="white")
@@ -653,8 +653,8 @@ class Plane(Study):
     class_formula; meets [R]: how far the vectors of W / |W| are from those of W; class_step, scale_step
     [R]: see `image`."""
     path = True
-    defaults = dict(steps=150, n_tokens=5, n_classes=3, d_model=4, emb="gauss", unemb="gauss", law=
-        "zipf", zipf=1., eps=0.)
+    defaults = dict(steps=150, n_tokens=5, n_classes=3, d_model=4, emb="gauss", unemb="gauss",
+                    law="zipf", zipf=1., eps=0.)
     smoke = dict(steps=10, runs=1, evals=2)
 
     def points(flags):
@@ -700,8 +700,8 @@ class Plane(Study):
             W = torch.tensor(seen["W"][0])
             change = torch.func.jacrev(lambda W: Plane.vectors(W, n))(W).reshape(-1, d * d)
             far = (Plane.vectors(W / W.norm(), n) - Plane.vectors(W, n)).abs().max()
-            found |= {"class_dimension": d * d - torch.linalg.matrix_rank(change, rtol=1e-9), "meets":
-                far, "class_formula": N + d * (d - N) if N <= d else 1}
+            found |= {"class_dimension": d * d - torch.linalg.matrix_rank(change, rtol=1e-9),
+                      "meets": far, "class_formula": N + d * (d - N) if N <= d else 1}
             if run.optimiser == "gd" and N <= d:
                 factors = 1 + torch.rand(N, generator=common.generator(run.seed, "eval")).double()
                 found |= {"class_step": Plane.image(W, n, factors, run.lr),
@@ -715,8 +715,8 @@ class Plane(Study):
             mine = mine & np.isfinite(arrays["bound"])
             say(f"bound-{words}-N", f"{words} N gd, momentum and normalised gd stay within min(N, d) "
                 f"min(d, {'M - 1' if words == 'without' else 'N + M - 1'}) dimensions (more)",
-                "their steps are sums of (u_i - u_j) e_x' and, with N, of N(W e_x) e_x'", by_seed(arrays,
-                arrays["rank"] - arrays["bound"], mine), "<", .5)
+                "their steps are sums of (u_i - u_j) e_x' and, with N, of N(W e_x) e_x'",
+                by_seed(arrays, arrays["rank"] - arrays["bound"], mine), "<", .5)
         gd, adam, unit_steps = (arrays["optimiser"] == kind for kind in ("gd", "adam", "normalised"))
         for id, words, mine, relation in (
                 ("planar-gd", "N = M = 2: gd without N is planar", gd & ~N_on & small, "<"),
@@ -729,13 +729,16 @@ class Plane(Study):
             say(id, f"{words} (share of the path outside)", ask, extreme, relation, 1e-4)
         off = arrays["class_dimension"] - arrays["class_formula"]
         say("degrees-lost", "a class C(W) has N + d (d - N) dimensions, one if N > d: N takes N degrees "
-            "of freedom, or d^2 - 1 (difference)", f'{NOTES}: "avec layernorm on perd quelques degree '
-            'de liberte"', by_seed(arrays, np.abs(off), N_on), "<", .5)
-        say("sphere-meets", "the sphere |W| = 1 meets every class: W / |W| has the vectors of W "
-            "(difference)", f'{NOTES}: "un espace compact convexe (la sphere), qui intersecte tous les '
-            'C(W0)"', by_seed(arrays, arrays["meets"], N_on), "<", 1e-12)
-        for key, words in (("class_step", "steps map classes to classes, if the rate may be chosen anew")
-                , ("scale_step", "steps commute with the scale of W: 2 W at another rate")):
+            "of freedom, or d^2 - 1 (difference)",
+            f'{NOTES}: "avec layernorm on perd quelques degree de liberte"',
+            by_seed(arrays, np.abs(off), N_on), "<", .5)
+        say("sphere-meets", "the sphere |W| = 1 meets every class: W / |W| has the "
+            "vectors of W (difference)",
+            f'{NOTES}: "un espace compact convexe (la sphere), qui intersecte tous les C(W0)"',
+            by_seed(arrays, arrays["meets"], N_on), "<", 1e-12)
+        for key, words in (
+                ("class_step", "steps map classes to classes, if the rate may be chosen anew"),
+                ("scale_step", "steps commute with the scale of W: 2 W at another rate")):
             say(key.replace("_", "-"), f"{words} (angle between the images, over the step's)",
                 f'{NOTES}: "elle commute avec les gradient updates? .. pas sur"',
                 of(arrays, key, optimiser="gd", norm="sphere", n_tokens=3), "<", 1e-6)
@@ -743,21 +746,22 @@ class Plane(Study):
     @of_own_points
     def draw_plane(arrays, flags):
         figure, axes = common.panels(2, f"Are trajectories planar? {flags.steps} steps in float64",
-            flags, 2, (6, 4.4))
+                                     flags, 2, (6, 4.4))
         betas = [f" {b1:g}, {b2:g}" for b1, b2 in zip(arrays["beta1"], arrays["beta2"])]
-        ways = np.array([kind + beta * (kind == "adam") for kind, beta in zip(arrays["optimiser"], betas)
-            ])
-        shapes = np.array([f"N{N} M{M}\nd{d}\n{emb}" for N, M, d, emb in zip(
-            *(arrays[k] for k in ("n_tokens", "n_classes", "d_model", "emb")))])
+        ways = np.array([kind + beta * (kind == "adam")
+                         for kind, beta in zip(arrays["optimiser"], betas)])
+        shapes = np.array([
+            f"N{N} M{M}\nd{d}\n{emb}"
+            for N, M, d, emb in zip(*(arrays[k] for k in ("n_tokens", "n_classes", "d_model", "emb")))])
         names, kinds = [*dict.fromkeys(shapes)], [*dict.fromkeys(ways)]
         for way, colour in zip(kinds, (*common.COLOURS, "grey")):
             first = (shapes == names[0]) & (arrays["norm"] == "none") & (ways == way)
             s = np.median(arrays["spectrum"][first], 0)
-            axes[0].plot(np.arange(len(s)) + 1, np.maximum(s, 1e-17), ".-", color=colour, lw=.9, label=
-                way)
+            axes[0].plot(np.arange(len(s)) + 1, np.maximum(s, 1e-17), ".-", color=colour, lw=.9,
+                         label=way)
         finish(axes[0], f"singular value of W_t - W_0 (bound of gd: {arrays['bound'][0]:g})",
-            "relative to the first", f"without N, {names[0]}, median of {flags.runs} seeds".replace("\n",
-            " "), "y")
+               "relative to the first",
+               f"without N, {names[0]}, median of {flags.runs} seeds".replace("\n", " "), "y")
         for norm, marker in ("none", "o"), ("sphere", "x"):
             for way, colour in zip(kinds, (*common.COLOURS, "grey")):
                 mine = (arrays["norm"] == norm) & (ways == way)
@@ -780,14 +784,16 @@ class Norm(Study):
     path = True
     defaults = dict(steps=3000, runs=16, emb="canonical", eps=0., lr=1., block=32)
     smoke = dict(steps=20, runs=2, evals=2)
-    LAWS = {"one token": dict(n_tokens=1, emb="canonical", batch=0), "two orthogonal": dict(n_tokens=2,
-        emb="canonical", batch=0), "cos .5": dict(n_tokens=2, emb="pair", cos=.5, batch=0), "cos .95":
-        dict(n_tokens=2, emb="pair", cos=.95, batch=0)}
+    LAWS = {"one token": dict(n_tokens=1, emb="canonical", batch=0),
+            "two orthogonal": dict(n_tokens=2, emb="canonical", batch=0),
+            "cos .5": dict(n_tokens=2, emb="pair", cos=.5, batch=0),
+            "cos .95": dict(n_tokens=2, emb="pair", cos=.95, batch=0)}
 
     def points(flags):
-        found = [law | dict(norm=norm, optimiser=kind, init_scale=scale, lr=.01 if kind == "adam" else
-            flags.lr) for law in Norm.LAWS.values() for norm, scale in (("none", 0.), ("sphere", 1.))
-            for kind in ("gd", "normalised", "adam")]
+        found = [law | dict(norm=norm, optimiser=kind, init_scale=scale,
+                            lr=.01 if kind == "adam" else flags.lr)
+                 for law in Norm.LAWS.values() for norm, scale in (("none", 0.), ("sphere", 1.))
+                 for kind in ("gd", "normalised", "adam")]
         noisy = Norm.LAWS["one token"] | dict(norm="sphere", batch=1, lr=flags.lr)
         return found + [noisy | dict(label_noise=share) for share in (.1, .25)]
 
@@ -806,40 +812,40 @@ class Norm(Study):
         plain, N = dict(norm="none", optimiser="gd"), dict(norm="sphere")
         for id, law in ("one", "one token"), ("two", "two orthogonal"):
             off = np.abs(of(arrays, "flow", **plain, **Norm.LAWS[law]) - 1).max()
-            say(f"margin-law-{id}", f"without N ({law}) the margin m ends on gradient flow's e^m + (M - "
-                "1) m = M lr p t + 1 (off by a share; nothing is random here)", OURS, float(off), "<",
-                .01)
-        ask = f'{NOTES}: "la norm de W divergence vers l\'infini .. Pas clair, probable"'
+            say(f"margin-law-{id}", f"without N ({law}) the margin m ends on gradient flow's "
+                "e^m + (M - 1) m = M lr p t + 1 (off by a share; nothing is random here)",
+                OURS, float(off), "<", .01)
+        ask = f'''{NOTES}: "la norm de W divergence vers l'infini .. Pas clair, probable"'''
         for id, kind, laws in (("gd", "gd", ["one token", "two orthogonal"]),
                                ("gd-correlated", "gd", ["cos .5", "cos .95"]),
                                ("adam", "adam", ["one token", "cos .95"])):
-            grown = np.max([of(arrays, "grown", **N, optimiser=kind, **Norm.LAWS[law]) for law in laws],
-                0)
+            grown = np.max([of(arrays, "grown", **N, optimiser=kind, **Norm.LAWS[law])
+                            for law in laws], 0)
             say(f"diverges-{id}", f"with N and {kind} |W| diverges: it grows by a thousandth or more "
-                f"over the second half ({' or '.join(laws)}; {(grown > 1e-3).sum()} of {len(grown)} "
-                "seeds do)", ask, grown, ">", 1e-3)
+                f"over the second half ({' or '.join(laws)}; "
+                f"{(grown > 1e-3).sum()} of {len(grown)} seeds do)", ask, grown, ">", 1e-3)
         exact = (arrays["norm"] == "sphere") & (arrays["optimiser"] != "adam")
         say("orthogonal-steps", "with N (eps 0) steps of gd, sgd and normalised gd are orthogonal to W, "
-            "so that |W| never falls (largest <W, step>, relative)", "N does not see the length of W "
-            "e_x", by_seed(arrays, arrays["inner"], exact), "<", 1e-6)
-        root = at_end(arrays, "weight_norm", **N, optimiser="normalised", n_tokens=1) ** 2
+            "so that |W| never falls (largest <W, step>, relative)",
+            "N does not see the length of W e_x", by_seed(arrays, arrays["inner"], exact), "<", 1e-6)
+        last = at_end(arrays, "weight_norm", **N, optimiser="normalised", n_tokens=1) ** 2
         first = of(arrays, "weight_norm", **N, optimiser="normalised", n_tokens=1)[:, 0] ** 2
         t = of(arrays, "lr", **N, optimiser="normalised", n_tokens=1) ** 2 * arrays["step"][-1]
         say("normalised-sqrt", "normalised gd with N: |W|^2 = |W_0|^2 + lr^2 t (off by)", OURS,
-            np.abs(root / (first + t) - 1), "<", 1e-3)
+            np.abs(last / (first + t) - 1), "<", 1e-3)
         for share, words in (.25, "a quarter"), (.1, "a tenth"):
             say(f"noise-{share}", f"{words} of the labels wrong, SGD with N: |W| grows like t^(1/4) "
                 "(exponent; noise below 1 - 1 / (1 + exp(-sqrt 2)) = .196 leaves the best angle where "
                 "it was)", OURS, of(arrays, "exponent", **N, batch=1, label_noise=share), "in", (.2, .3))
-        gap = np.max([at_end(arrays, "loss", **N, optimiser="gd", **Norm.LAWS[law]) for law in
-                      ("one token", "cos .5")], 0) - floor_of(2)
-        say("floor-reached", "with N gd ends on the floor log(1 + exp(-sqrt 2)) (nats above)", OURS, gap,
-            "<", 1e-4)
+        gap = np.max([at_end(arrays, "loss", **N, optimiser="gd", **Norm.LAWS[law])
+                      for law in ("one token", "cos .5")], 0) - floor_of(2)
+        say("floor-reached", "with N gd ends on the floor log(1 + exp(-sqrt 2)) (nats above)",
+            OURS, gap, "<", 1e-4)
 
     @of_own_points
     def draw_norm(arrays, flags):
-        figure, (b, c, d) = common.panels(3, "Does |W| diverge with constant steps and certain labels?",
-            flags, 3)
+        figure, (b, c, d) = common.panels(
+            3, "Does |W| diverge with constant steps and certain labels?", flags, 3)
         t = arrays["step"] + 1
         for (name, law), colour in zip(Norm.LAWS.items(), common.COLOURS):
             plain = pick(arrays, norm="none", optimiser="gd", **law)
@@ -886,7 +892,7 @@ class Convexity(Study):
         return ((at - chord).amax(0) > 1e-9).double().mean()
 
     def measure(run, n, seen):
-        W, E, law = torch.tensor(seen["W"][-1]), n["E"].T, n["joint"].T
+        W, E, law = torch.tensor(seen["W"][-1]), n["E"].T, n["joint"]
         a, b = torch.randn(2, 1000, *W.shape, generator=common.generator(run.seed, "eval")).double()
         nll = lambda vectors: (law * losses(n["U"] @ vectors)[0]).sum()
         with_N = lambda h: nll(normalised(h, n))
@@ -903,26 +909,28 @@ class Convexity(Study):
         fan = pick(arrays, d_model=2, norm="sphere") & rest
         spurious = fan & (np.abs(end - high) < 1e-3)
         ask = f'{NOTES}: "des choses sur le nombre de minimum locaux"'
-        say("spurious-minimum", f"one token, d < M, its class between two others 60 degrees away: with "
-            f"N some descents come to rest at {high:.3f}, a spurious minimum (share)", ask,
+        say("spurious-minimum", "one token, d < M, its class between two others 60 degrees away: with N "
+            f"some descents come to rest at {high:.3f}, a spurious minimum (share)", ask,
             float(spurious.sum() / fan.sum()), "in", (.05, .95))
         say("two-minima", f"the others at {low:.3f} (distance of a loss from the nearer of the two)",
             ask, np.minimum(np.abs(end - low), np.abs(end - high))[fan], "<", 1e-3)
-        say("spurious-strict", "it is strict: the loss curves upwards along the circle (largest "
-            "eigenvalue)", OURS, arrays["largest"][spurious], ">", 1e-4)
+        say("spurious-strict", "it is strict: the loss curves upwards along the circle "
+            "(largest eigenvalue)", OURS, arrays["largest"][spurious], ">", 1e-4)
         for id, name, N in ("none-wide", "one token", 1), ("none-three", "three tokens", 3):
             mine = pick(arrays, d_model=3, n_tokens=N, norm="sphere") & rest
             say(id, f"d >= M, {name}: no spurious minimum, descents that came to rest ({mine.sum()}) "
-                "are on the floor (nats above)", f'{NOTES}: "hidden convexity"', end[mine] - floor_of(3),
-                "<", 1e-3)
+                "are on the floor (nats above)", f'{NOTES}: "hidden convexity"',
+                end[mine] - floor_of(3), "<", 1e-3)
         quote = f'{NOTES}: "plus convexe par rapport a W, mais toujours par rapport aux We_x"'
-        for id, norm, key, words in (("convex-plain", "none", "W", "without N the loss is convex in W"),
-                ("convex-norm", "sphere", "W", "with N it is convex in W"), ("convex-hidden", "sphere",
-                "hidden", "with N it is convex in W e_x"), ("convex-vectors", "sphere", "vectors",
-                "with N it is convex in N(W e_x), off the sphere")):
+        for id, norm, key, words in (
+                ("convex-plain", "none", "W", "without N the loss is convex in W"),
+                ("convex-norm", "sphere", "W", "with N it is convex in W"),
+                ("convex-hidden", "sphere", "hidden", "with N it is convex in W e_x"),
+                ("convex-vectors", "sphere", "vectors",
+                 "with N it is convex in N(W e_x), off the sphere")):
             share = of(arrays, f"above_{key}", norm=norm)
-            say(id, f"{words} (share of random segments above their chord)", quote, float(share.max()),
-                "<", 1e-9)
+            say(id, f"{words} (share of random segments above their chord)", quote,
+                float(share.max()), "<", 1e-9)
 
     @of_own_points
     def draw_convexity(arrays, flags):
@@ -930,12 +938,12 @@ class Convexity(Study):
         mine = pick(arrays, d_model=2, norm="sphere")
         phi = torch.arange(-180, 181).double()
         fan = EMBEDDINGS["fan"](3, 2, 0, None)
-        a.plot(phi, losses(fan @ in_plane(phi.deg2rad(), 2).T)[0][0], color=BLACK, label=
-            "loss of N(W e)")
+        a.plot(phi, losses(fan @ in_plane(phi.deg2rad(), 2).T)[0][0], color=BLACK,
+               label="loss of N(W e)")
         a.plot(arrays["angle"][mine], arrays["loss"][mine, -1], "o", color=RED, alpha=.4,
                label=f"ends of {mine.sum()} descents")
-        finish(a, "angle of N(W e) from u_1 (degrees)", "loss (nats)", "one token, classes at 0, 60, "
-            "-60 degrees")
+        finish(a, "angle of N(W e) from u_1 (degrees)", "loss (nats)",
+               "one token, classes at 0, 60, -60 degrees")
         return figure
 
 
@@ -944,8 +952,8 @@ class Projections(Study):
 
     f1, f2 [R, S]; guarantee [R, S]: bound on the loss; slack [R]: the least of guarantee - loss; broken
     [R]: steps at which a promise that all is correct was broken; turns [R]: how often the slope of f2
-    changes its sign; aligned [R]: f2 / f1 at the end over that at a tenth; limit [R]: log(p1 / p2) /
-    2."""
+    changes its sign; aligned [R]: f2 / f1 at the end over that at a tenth; limit [R]:
+    log(p1 / p2) / 2."""
     path = True
     defaults = dict(steps=3000, runs=8, emb="canonical", lr=1.)
     smoke = dict(steps=20, runs=1, evals=2)
@@ -954,8 +962,7 @@ class Projections(Study):
         return [dict(emb=emb, norm=norm, init_scale=scale) for emb in ("canonical", "pair")
                 for norm in ("none", "sphere") for scale in (0., .1, 1., 10.) if scale or norm == "none"]
 
-    def check(flags):
-        check_two(flags)
+    check = check_two
 
     def max_margin(V):
         """W [d, d] of norm 1 with the largest margin, min |W|^2 with <V_x, W> >= 1, of two independent
@@ -966,8 +973,8 @@ class Projections(Study):
 
     def guarantee(f1, f2, margins, V, E, W_inf, N):
         """Least margins [T, n] of W = f1 W_inf + (f2 across it): <V, W> >= f1 <V, W_inf> - f2 |V's part
-        across W_inf|; N = h/|h| divides it by |W e_x| <= f1 |W_inf e_x| + f2 |e_x|. E [n, d]: token of
-        V."""
+        across W_inf|; N = h/|h| divides it by |W e_x| <= f1 |W_inf e_x| + f2 |e_x|. E [n, d]:
+        token of V."""
         across = np.sqrt(np.maximum((V ** 2).sum((1, 2)) - margins ** 2, 0))
         least = f1[:, None] * margins - f2[:, None] * across
         if N == "none":
@@ -984,7 +991,7 @@ class Projections(Study):
         f1 = (seen["W"] * W_inf).sum((1, 2))
         f2 = np.linalg.norm(seen["W"] - f1[:, None, None] * W_inf, axis=(1, 2))
         least = Projections.guarantee(f1, f2, margins, V, E, W_inf, run.norm)
-        bound = np.log1p(np.exp(-least)) @ p.max(1)
+        bound = np.log1p(np.exp(-least)) @ p.max(0)
         certain, slope = (least > 0).all(1), np.diff(f2)
         slope = slope[np.abs(slope) > 1e-12 * f2.max()]
         ratio = f2[[run.steps // 10, -1]] / f1[[run.steps // 10, -1]]
@@ -992,18 +999,18 @@ class Projections(Study):
                 "slack": (bound - seen["loss"]).min(),
                 "broken": (certain & (seen["accuracy"] < 1)).sum(),
                 "turns": (np.diff(np.sign(slope)) != 0).sum(), "aligned": ratio[1] / ratio[0],
-                "limit": math.log(p[0].max() / p[1].max()) / 2}
+                "limit": math.log(p[:, 0].max() / p[:, 1].max()) / 2}
 
     def claims(arrays, say):
         zero, everyone = dict(emb="canonical", norm="none", init_scale=0.), pick(arrays)
-        say("f2-limit", "two orthonormal tokens from zero, without N: f2 goes to log(p1/p2) / 2 (off "
-            "by; nothing is random here)", OURS, float(np.abs(at_end(arrays, "f2", **zero) - of(arrays,
-            "limit", **zero)).max()), "<", .01)
+        say("f2-limit", "two orthonormal tokens from zero, without N: f2 goes to log(p1/p2) / 2 "
+            "(off by; nothing is random here)", OURS,
+            float(np.abs(at_end(arrays, "f2", **zero) - of(arrays, "limit", **zero)).max()), "<", .01)
         for norm in "none", "sphere":
             turns = by_seed(arrays, arrays["turns"], pick(arrays, norm=norm))
             say(f"oscillates-{norm}", f"f2 oscillates, N {norm}: its slope changes sign more than twice "
-                "(most of all starts)", f'{NOTES}: "mecanismes transitoires (peut etre oscillatoires)"',
-                turns, ">", 2)
+                "(most of all starts)",
+                f'{NOTES}: "mecanismes transitoires (peut etre oscillatoires)"', turns, ">", 2)
         promise = f'{NOTES}: "si f_1 est grand et f_2 est petit on a une guarantie"'
         say("guarantee-loss", "f1 and f2 bound the loss from above at every step (least slack, nats)",
             promise, by_seed(arrays, arrays["slack"], everyone, np.min), ">", -1e-12)
@@ -1016,9 +1023,9 @@ class Projections(Study):
                 arrays["aligned"][mine], "<", .9)
         level = [at_end(arrays, "loss", emb="canonical", norm="none", init_scale=s) for s in (0., 10.)]
         say("init-matters", "without N the start matters: from N(0, 100/d) the loss ends at half of "
-            "that from zero or less, or at twice or more (larger ratio)", f'{NOTES}: "Comment '
-            'initialiser les poids? Est-ce que c\'est important?"', np.maximum(level[1] / level[0],
-            level[0] / level[1]), ">", 2)
+            "that from zero or less, or at twice or more (larger ratio)",
+            f'''{NOTES}: "Comment initialiser les poids? Est-ce que c'est important?"''',
+            np.maximum(level[1] / level[0], level[0] / level[1]), ">", 2)
 
     @of_own_points
     def draw_projections(arrays, flags):
@@ -1036,10 +1043,10 @@ class Projections(Study):
         limit = np.nanmax(arrays["limit"])
         common.shelf(b, limit, f"log(p1/p2)/2 = {limit:.3f}: from zero, without N")
         common.shelf(d, floor_of(2), f"floor {floor_of(2):.4f}", "left")
-        finish(b, "step + 1", "f2", f"{flags.runs} seeds; dotted: with N", "x", yscale="symlog", ylim=(0,
-            None))
-        finish(c, "step + 1", "loss (nats)", "without N, one seed; dashed: guaranteed by f1 and f2",
-            "xy")
+        finish(b, "step + 1", "f2", f"{flags.runs} seeds; dotted: with N", "x", yscale="symlog",
+               ylim=(0, None))
+        finish(c, "step + 1", "loss (nats)",
+               "without N, one seed; dashed: guaranteed by f1 and f2", "xy")
         finish(d, "step + 1", "loss (nats)", "with N, one seed; dashed: guaranteed", "x")
         return figure
 
@@ -1051,8 +1058,8 @@ class Spikes(Study):
     step of a run's largest, or -1; rises [R]: steps that raise the loss. There may be, [R, T]: small, a
     token's |W e_x| below half its median over training; sharp, lr times the largest Hessian eigenvalue
     above 2; turned, a W e_x turns by more than 90 degrees. sharpest [R]: the largest eigenvalue of all
-    steps; loss_at [R, 12], hidden_at [R, 12, N, d], around the largest spike; relieved [R, 2]: see
-    `relieved`."""
+    steps; loss_at [R, 12], hidden_at [R, 12, N, d], around the largest spike; relieved [R, 2]:
+    see `relieved`."""
     path = True
     defaults = dict(steps=300, runs=16, cos=.95, lr=10., block=64)
     smoke = dict(steps=20, runs=2, evals=2)
@@ -1062,8 +1069,8 @@ class Spikes(Study):
 
     def points(flags):
         rates = [float(f"{rate:.3g}") for rate in np.geomspace(.5, 32, 40)] + [1., 10.]
-        plain = [dict(norm="none", init_scale=0., cos=flags.cos, lr=rate, optimiser="gd") for rate in
-            rates]
+        plain = [dict(norm="none", init_scale=0., cos=flags.cos, lr=rate, optimiser="gd")
+                 for rate in rates]
         grid = (("gd", (.3, 1., 10.)), ("momentum", (.1, 1., 10.)), ("adam", (.03, .3, 1.)))
         return plain + [dict(norm="sphere", cos=cos, lr=rate, optimiser=kind)
                         for kind, rates in grid for rate in rates for cos in (0., .5, .95)]
@@ -1071,8 +1078,8 @@ class Spikes(Study):
     def relieved(W, n, lr, usual):
         """Rise of the loss in gd's step from W, over what it was, if the step starts from another member
         of the class C(W), which has the same vectors N(W e_x) and the same loss: with the token that is
-        shortest for its usual length made that long; and (control) with the others made twice as
-        long."""
+        shortest for its usual length made that long; and (control) with the others made
+        twice as long."""
         h = W @ n["E"].T
         share = h.norm(dim=0) / torch.tensor(usual)
         short = torch.arange(len(share)) == share.argmin()
@@ -1086,18 +1093,19 @@ class Spikes(Study):
         W, loss, T = seen["W"], seen["loss"], run.steps
         h = hidden(W, n["E"])
         size, rise = np.linalg.norm(h, axis=2), np.diff(loss)
-        spike = np.where((rise > .1 * loss[:-1]) & (rise > .05) & (np.arange(T) >= Spikes.EARLY), rise,
-            0)
+        spike = np.where((rise > .1 * loss[:-1]) & (rise > .05) & (np.arange(T) >= Spikes.EARLY),
+                         rise, 0)
         s = int(spike.argmax()) if spike.any() else -1
         sharpness = torch.vmap(lambda W: curvature(W, n)[-1])(torch.tensor(W)).numpy()
         window = np.arange(s - 5, s + 7).clip(0, T)
         relief = [math.nan] * 2
         if s >= 0 and run.norm == "sphere" and run.optimiser == "gd" and run.n_tokens <= run.d_model:
             relief = Spikes.relieved(torch.tensor(W[s]), n, run.lr, np.median(size, 0))
-        return {"largest": s, "rises": (rise > 1e-12).sum(), "relieved":
-            relief, "small": (size < np.median(size, 0) / 2).any(1)[:-1], "sharp": run.lr * sharpness[:-
-            1] > 2, "turned": ((h[1:] * h[:-1]).sum(2) < 0).any(1), "sharpest": sharpness.max(),
-            "height": spike.max(), "loss_at": loss[window], "hidden_at": h[window]}
+        return {"largest": s, "rises": (rise > 1e-12).sum(), "relieved": relief,
+                "small": (size < np.median(size, 0) / 2).any(1)[:-1],
+                "sharp": run.lr * sharpness[:-1] > 2,
+                "turned": ((h[1:] * h[:-1]).sum(2) < 0).any(1), "sharpest": sharpness.max(),
+                "height": spike.max(), "loss_at": loss[window], "hidden_at": h[window]}
 
     def excess(arrays, cause, kind):
         """At the largest spike of each run with N: whether the cause is there [n], and in which share of
@@ -1116,31 +1124,31 @@ class Spikes(Study):
         plain = pick(arrays, norm="none", seed=arrays["seed"].min())  # from zero: seeds are copies
         edge = 2 / arrays["sharpest"][plain].max()
         first = float(arrays["lr"][plain & (arrays["rises"] > 0)].min())
-        say("edge", f"without N no step raises the loss below lr = 2 / (largest Hessian eigenvalue) = "
+        say("edge", "without N no step raises the loss below lr = 2 / (largest Hessian eigenvalue) = "
             f"{edge:.3f} (first rate that does)", "descent lemma", first, ">", edge)
         lone = pick(arrays, norm="sphere", optimiser="gd", cos=0.)
-        say("decoupled-cannot-cross", "with N and gd orthogonal tokens never turn by 90 degrees in a "
-            "step (steps)", OURS, by_seed(arrays, arrays["turned"].sum(1), lone), "is", 0)
+        say("decoupled-cannot-cross", "with N and gd orthogonal tokens never turn by 90 degrees "
+            "in a step (steps)", OURS, by_seed(arrays, arrays["turned"].sum(1), lone), "is", 0)
         quote = f'{NOTES}: "crossing at zero of vectors that get normalized"'
         for kind in "gd", "momentum", "adam":
             for cause, words in Spikes.CAUSES.items():
                 there, usual = Spikes.excess(arrays, cause, kind)
-                gap, error = np.mean(there - usual), np.std(there - usual) / math.sqrt(max(len(there), 1)
-                    )
-                say(f"spike-{cause}-{kind}", f"with N, {kind}, at the largest spike of a run "
-                    f"({len(there)}): {words} in {there.mean():.2f}, and by a quarter more often than "
-                    "at the same step of other seeds", quote, (gap, gap - 2 * error, gap + 2 * error) if
-                    len(there) > 9 else [], ">", .25)
+                n, more = len(there), there - usual
+                gap = more.sum() / max(n, 1)
+                half = 2 * math.sqrt(((more - gap) ** 2).sum()) / max(n, 1)  # two standard errors
+                say(f"spike-{cause}-{kind}", f"with N, {kind}, at the largest spike of a run: {words} "
+                    f"in {there.sum():g} of {n}, and by a quarter more often than at the same step of "
+                    "other seeds", quote, (gap, gap - half, gap + half) if n > 9 else [], ">", .25)
         relief = arrays["relieved"][np.isfinite(arrays["relieved"]).all(1)].T
-        for i, id, words in (0, "short", "the short vector as long as usual"), (1, "other", "(control) "
-                "the other vector twice as long"):
+        for i, id, words in ((0, "short", "the short vector as long as usual"),
+                             (1, "other", "(control) the other vector twice as long")):
             say(f"{id}-causes", f"made in W's class C(W) with {words}, gd's step of the largest spike "
                 "raises the loss by less than half as much (ratio, spikes)", quote, relief[i], "<", .5)
 
     @of_own_points
     def draw_spikes(arrays, flags):
-        figure, (c, d, e) = common.panels(3, "With N: the largest spike of gd, and what makes spikes go",
-            flags, 3)
+        figure, (c, d, e) = common.panels(
+            3, "With N: the largest spike of gd, and what makes spikes go", flags, 3)
         gd = pick(arrays, norm="sphere", optimiser="gd")
         r = int(np.where(gd, arrays["height"], 0).argmax())
         s, h = int(arrays["largest"][r]), arrays["hidden_at"][r]
@@ -1152,16 +1160,16 @@ class Spikes(Study):
             d.plot(*h[5:7, x].T, "-", lw=2.5, color=RED, label="the spike's step" if x else None)
         c.axvline(s, color="grey", lw=.6)
         d.plot(0, 0, "k+", ms=12)
-        finish(c, "step", "", f"with N: gd, cos {arrays['cos'][r]:g}, lr {arrays['lr'][r]:g}, seed "
-               f"{arrays['seed'][r]}", "y")
-        finish(d, "first coordinate", "second", "the same steps in the plane; +: the origin", aspect=
-            "equal")
+        finish(c, "step", "", f"with N: gd, cos {arrays['cos'][r]:g}, lr {arrays['lr'][r]:g}, "
+               f"seed {arrays['seed'][r]}", "y")
+        finish(d, "first coordinate", "second", "the same steps in the plane; +: the origin",
+               aspect="equal")
         relief = arrays["relieved"][np.isfinite(arrays["relieved"]).all(1)]
         names = "short vector made\nas long as usual", "control: the other\nvector twice as long"
         e.plot(names, relief.T.clip(-1, 3), ".-", color=BLUE, lw=.3)
         common.shelf(e, .5, "gone below")
-        finish(e, "", "rise of the loss / as it was (cut at -1, 3)", f"gd: the step of {len(relief)} "
-            "largest spikes again", xlim=(-.5, 1.5))
+        finish(e, "", "rise of the loss / as it was (cut at -1, 3)",
+               f"gd: the step of {len(relief)} largest spikes again", xlim=(-.5, 1.5))
         return figure
 
 
@@ -1187,15 +1195,15 @@ class Rates(Study):
         pairs = [(arrays["lr"] * correct)[late & pick(arrays, p1=p, cos=c)]
                  for p in np.unique(arrays["p1"]) for c in np.unique(arrays["cos"])]
         spans = [flow.max() / flow.min() for flow in pairs if len(flow) > 2]
-        say("flow", f"where it takes 20 steps or more lr x steps does not depend on lr: gradient flow "
+        say("flow", "where it takes 20 steps or more lr x steps does not depend on lr: gradient flow "
             f"({len(spans)} pairs of p1, cos; largest over smallest)", OURS, float(max(spans)), "<", 1.1)
         say("all-learn", "every run is all correct in the end (runs that are not)", OURS,
             float(np.isinf(correct).sum()), "is", 0.)
 
     @of_own_points
     def draw_rates(arrays, flags):
-        figure, axes = common.panels(4, f"log10 of the steps until all is correct and stays so (white: "
-            f"not in {flags.steps})", flags, 2, (5, 4))
+        figure, axes = common.panels(4, "log10 of the steps until all is correct and stays so "
+            f"(white: not in {flags.steps})", flags, 2, (5, 4))
         ps, cs, rates = (np.unique(arrays[k]) for k in ("p1", "cos", "lr"))
         for ax, rate in zip(axes, rates[::3]):
             grid = arrays["correct"][arrays["lr"] == rate].reshape(len(ps), len(cs))
@@ -1203,7 +1211,6 @@ class Rates(Study):
             common.image(ax, grid, f"lr {rate:.3g}", figure, "cos of the two tokens", "p1", (0, 3))
             ax.set(xticks=[0, 9], xticklabels=cs[[0, -1]], yticks=[0, 9], yticklabels=ps[[0, -1]])
         return figure
-
 
 # ==== Modular sums in the plane: law, model, step ====================================================
 BITS = 4  # of a token
@@ -1361,10 +1368,10 @@ class Clusters(common.Study):
 
     arrays: one entry a run [R], all settings; accuracy, at the end (NaN: diverged or stopped), and
     train_accuracy; share of the variance of h between counts of the first k tokens (r2_counts), between
-    signed sums +-x_1 .. +-x_k with the best signs (r2_signed; with p = 2 of the same parity);
-    share of answers that stay with the other tokens (keeps_others)
-    or the first k (keeps_first) of another sequence. eval_step [M], eval_accuracy [R, M]; frame_* [M,
-    runs from scratch, ...], their parameters."""
+    signed sums +-x_1 .. +-x_k with the best signs (r2_signed; with p = 2 of the same parity); share of
+    answers that stay with the other tokens (keeps_others) or the first k (keeps_first) of another
+    sequence. eval_step [M], eval_accuracy [R, M]; frame_* [M, runs from scratch, ...],
+    their parameters."""
     defaults = dict(steps=8000, runs=12, lr=3e-3, batch=32, snapshots=True)
     smoke = dict(steps=4, runs=1, n_train=64, evals=2)
 
@@ -1374,8 +1381,8 @@ class Clusters(common.Study):
                     and 5 / 4 * f.n_train <= f.modulus ** f.seq_length and f.freeze in ("none", *PARTS))
             if not fits or f.d_model < 2 or not f.batch or f.source:
                 raise common.Stop("clusters need modulus <= vocab, width <= max-width, sparsity <= "
-                    "seq-length, n-train <= .8 modulus ^ seq-length, freeze none, attention or mlp, "
-                    "d-model >= 2, a batch and no source")
+                                  "seq-length, n-train <= .8 modulus ^ seq-length, freeze none, "
+                                  "attention or mlp, d-model >= 2, a batch and no source")
 
     def points(flags):
         changes = [{}, dict(modulus=3), dict(sparsity=3), dict(modulus=3, sparsity=2), dict(width=8),
@@ -1430,14 +1437,15 @@ class Clusters(common.Study):
         for p, k in (3, 2), (2, 5):
             good = (final > .95) & whole & pick(arrays, modulus=p, sparsity=k)
             those = f"p = {p}, k = {k}, the runs from scratch above .95"
-            say(f"merges-{p}", f"{those}: equal counts of the first k are merged, nothing else moves "
-                "h (R^2)", memory, arrays["r2_counts"][good], ">", .9)
-            say(f"ignores-{p}", f"{those}: answers stay with the other tokens of another sequence (an "
-                "intervention)", CLUSTERING, arrays["keeps_others"][good], ">", .95)
+            say(f"merges-{p}", f"{those}: equal counts of the first k are merged, nothing else "
+                "moves h (R^2)", memory, arrays["r2_counts"][good], ">", .9)
+            say(f"ignores-{p}", f"{those}: answers stay with the other tokens of another sequence "
+                "(an intervention)", CLUSTERING, arrays["keeps_others"][good], ">", .95)
             say(f"uses-{p}", f"{those}: but not with its first k (control)", OURS,
                 arrays["keeps_first"][good], "<", 1 / p + .1)
-        say("merges-signed", f"{those}: sequences of one signed sum of the first k are merged (R^2)",
-            OURS, arrays["r2_signed"][good], ">", .9)
+            if p == 2:
+                say("merges-signed", f"{those}: sequences of one signed sum of the first k are merged "
+                    "(R^2)", OURS, arrays["r2_signed"][good], ">", .9)
         some = (arrays["train_accuracy"] > 1 / arrays["modulus"] + .1) & pick(arrays, freeze="none")
         say("no-memory", "runs that learn anything are as good on the tests (difference of accuracies)",
             memory, (arrays["train_accuracy"] - final)[some], "<", .05)
@@ -1450,8 +1458,9 @@ class Clusters(common.Study):
         for source, (_, child) in TUNED.items():
             tuned, scratch = pick(arrays, source=source), like_first(arrays, child)
             say(f"finetune-from-{source[:3]}", f"{source}, from the best run: more seeds come above .95 "
-                "than from scratch in as many steps (difference of shares)", f'{VISUAL}: "fine-tuning '
-                'experiments"; ours', share_above(solved[tuned], solved[scratch]), ">", 0)
+                "than from scratch in as many steps (difference of shares)",
+                f'{VISUAL}: "fine-tuning experiments"; ours',
+                share_above(solved[tuned], solved[scratch]), ">", 0)
 
     def draw_clusters(arrays, flags):
         title = f"Sum of the first tokens mod p, of {flags.seq_length}, all in d = {flags.d_model}"
@@ -1483,8 +1492,8 @@ class Clusters(common.Study):
                       "after the MLP")
             for ax, stage, title in zip(axes[3:], ("h", "hidden", "out"), titles):
                 draw_points(ax, seen[stage], y, x[:, :k].sum(1), title)
-            figure.suptitle(f"Sum of the first {k} tokens mod {p}: step {arrays['eval_step'][i]}, test "
-                            f"accuracy {arrays['eval_accuracy'][r, i]:.2f}")
+            figure.suptitle(f"Sum of the first {k} tokens mod {p}: step {arrays['eval_step'][i]}, "
+                            f"test accuracy {arrays['eval_accuracy'][r, i]:.2f}")
         return figure, draw
 
     def draw_sheet(arrays, flags, change={}):

@@ -389,12 +389,12 @@ def landscape_row(name, repeats, seconds, each):
     models = [AssociativeMemory(W, law, run.norm, run.eps) for run, W, law in zip(each, params, number)]
     law = {run: n["joint"] for run, n in zip(map(str, each), number)}
     x = torch.arange(each[0].n_tokens)
-    tables = {run: joint.flatten().double() for run, joint in law.items()}
+    tables = {run: joint.T.flatten().double() for run, joint in law.items()}
 
     def loss_of(model, run, t, data=None):
         if not run.batch:
             each = F.cross_entropy(model(x), x % run.n_classes, reduction="none")
-            return (law[str(run)].sum(1) * each).sum()
+            return (law[str(run)].sum(0) * each).sum()
         pair = torch.multinomial(tables[str(run)], run.batch, replacement=True)
         return F.cross_entropy(model(pair // run.n_classes), pair % run.n_classes)
     kinds = {"gd": torch.optim.SGD, "adam": torch.optim.Adam}

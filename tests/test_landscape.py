@@ -35,7 +35,7 @@ def trained(study, path, line=""):
 @pytest.mark.parametrize("N, M, q", [(1, 2, 0.), (2, 2, .25), (5, 3, .1), (3, 7, 0.)])
 def test_the_law_by_hand(N, M, q):
     p = np.array([.6] + [.4 / (N - 1)] * (N - 1)) if N > 1 else np.ones(1)
-    expected = [[p[x] * (1 - q if y == x % M else q / (M - 1)) for y in range(M)] for x in range(N)]
+    expected = [[p[x] * (1 - q if y == x % M else q / (M - 1)) for x in range(N)] for y in range(M)]
     joint = exp.joint_of(exp.Flags(n_tokens=N, n_classes=M, label_noise=q, p1=.6))
     np.testing.assert_allclose(joint, expected, atol=1e-15)
 
@@ -60,13 +60,13 @@ def test_loss_and_gradient_are_those_of_the_textbook(norm, shape):
         c = h - h.mean(1, keepdim=True) if norm == "layernorm" else h
         square = (c * c).sum(1, keepdim=True) if norm == "sphere" else (c * c).mean(1, keepdim=True)
         v = h if norm == "none" else c / (square + 1e-6).sqrt()
-        return -(n["joint"] * (v @ n["U"].T).log_softmax(1)).sum()
+        return -(n["joint"].T * (v @ n["U"].T).log_softmax(1)).sum()
     W = torch.randn(d, d, generator=torch.Generator().manual_seed(0)).double()
     (seen, grad), (expected, loss) = exp.loss_and_gradient(W, n["joint"], n), torch.func.grad_and_value(textbook)(W)
     scale = 1e4 if norm == "layernorm" and d == 2 else 1  # N is all but a step function there
     assert abs(seen["loss"] - loss) < 1e-10 * scale and (grad - expected).abs().max() < 1e-9 * scale
-    right = exp.logits(W, n).argmax(0) == torch.arange(M)[:, None]
-    assert abs(seen["accuracy"] - (n["joint"].T * right).sum()) < 1e-12
+    right = (n["U"] @ exp.normalised(W @ n["E"].T, n)).argmax(0) == torch.arange(M)[:, None]
+    assert abs(seen["accuracy"] - (n["joint"] * right).sum()) < 1e-12
 
 
 @pytest.mark.parametrize("dtype, digits", [(torch.float64, 1e-13), (torch.float32, 1e-5)])
@@ -141,7 +141,7 @@ def test_symmetries(norm):
 def test_the_circle_and_its_claim():
     n = exp.number_of(exp.Flags())
     loss = exp.Landscape.circle(n)
-    assert abs((loss.amin(0) @ n["joint"].sum(1)) - exp.floor_of(2)) < 1e-5
+    assert abs((loss.amin(0) @ n["joint"].sum(0)) - exp.floor_of(2)) < 1e-5
     assert abs(loss.amax() - math.log1p(math.exp(math.sqrt(2)))) < 1e-3
 
 

@@ -706,7 +706,7 @@ VERDICTS = {True: "holds", False: "FALSE", None: "open"}
 def judge(id, statement, source, measured, relation, bound):
     """One sentence and its verdict. measured: one value a run (three quarters decide, fewer than three
     decide nothing, NaN has no vote); or (value, low, high), decided where all agree; or one value."""
-    votes, needed, text = np.atleast_1d(measured), 1, str(measured)
+    votes, needed = np.atleast_1d(measured), 1
     if isinstance(measured, tuple):
         text = "{:.3g} [{:.3g}, {:.3g}]".format(*measured)
     elif np.ndim(measured):
@@ -715,9 +715,11 @@ def judge(id, statement, source, measured, relation, bound):
         if len(votes):
             levels = f"{votes[(len(votes) - 1) // 2]:.3g} [{votes[0]:.3g}, {votes[-1]:.3g}]"
             text = f"{levels}, {text}".replace("inf", "never")
+    else:
+        text = f"{measured:.4g}"
     share = RELATIONS[relation](votes, bound).mean() if needed == 1 or len(votes) > 2 else .5
     holds = True if share >= needed else False if share <= 1 - needed else None
-    expected = " .. ".join(f"{x:.4g}" for x in np.atleast_1d(bound)) if relation != "is" else bound
+    expected = " .. ".join(f"{x:.4g}" for x in np.atleast_1d(bound))
     return dict(id=id, statement=statement, source=source, expected=f"{relation} {expected}",
                 measured=text, holds=holds, verdict=VERDICTS[holds])
 

@@ -476,11 +476,11 @@ class Landscape(Study):
                 'soit aussi le cas pour Adam"', off, "<", 1e-6)
         say("one-minimum", "around the circle of N(W e_x) the slope of a token's loss changes its sign "
             "twice: on the torus one minimum, two saddles, one maximum",
-            f'{NOTES}: "Minimum, hidden convexity"', by_seed(arrays, arrays["turns"].max(1), N), "is", 2)
+            f'{NOTES}: "Minimum, hidden convexity"', int(arrays["turns"][N].max()), "is", 2)
         say("all-find-the-minimum", "with N every optimiser gets near the one minimum from every start "
-            "(loss, nats)", OURS, by_seed(arrays, end, N), "<", floor_of(2) + .03)
+            "(largest loss, nats)", OURS, float(end[N].max()), "<", floor_of(2) + .03)
         say("loss-above-floor", "with N no loss lies below the floor (kept steps; difference)", OURS,
-            by_seed(arrays, arrays["loss"].min(1), N, np.min) - floor_of(2), ">", -1e-12)
+            float(arrays["loss"][N].min() - floor_of(2)), ">", -1e-12)
         fast = pick(arrays, norm="none", cos=.5) & np.isin(arrays["optimiser"], ["normalised", "sign"])
         say("box", "without N normalised gd and sign descent give a right class more than with N any "
             "can, 1 / (1 + exp(-sqrt 2))",
@@ -716,7 +716,7 @@ class Plane(Study):
             say(f"bound-{words}-N", f"{words} N gd, momentum and normalised gd stay within min(N, d) "
                 f"min(d, {'M - 1' if words == 'without' else 'N + M - 1'}) dimensions (more)",
                 "their steps are sums of (u_i - u_j) e_x' and, with N, of N(W e_x) e_x'",
-                by_seed(arrays, arrays["rank"] - arrays["bound"], mine), "<", .5)
+                float((arrays["rank"] - arrays["bound"])[mine].max()), "<", .5)
         gd, adam, unit_steps = (arrays["optimiser"] == kind for kind in ("gd", "adam", "normalised"))
         for id, words, mine, relation in (
                 ("planar-gd", "N = M = 2: gd without N is planar", gd & ~N_on & small, "<"),
@@ -731,11 +731,11 @@ class Plane(Study):
         say("degrees-lost", "a class C(W) has N + d (d - N) dimensions, one if N > d: N takes N degrees "
             "of freedom, or d^2 - 1 (difference)",
             f'{NOTES}: "avec layernorm on perd quelques degree de liberte"',
-            by_seed(arrays, np.abs(off), N_on), "<", .5)
+            float(np.abs(off[N_on]).max()), "<", .5)
         say("sphere-meets", "the sphere |W| = 1 meets every class: W / |W| has the "
             "vectors of W (difference)",
             f'{NOTES}: "un espace compact convexe (la sphere), qui intersecte tous les C(W0)"',
-            by_seed(arrays, arrays["meets"], N_on), "<", 1e-12)
+            float(arrays["meets"][N_on].max()), "<", 1e-12)
         for key, words in (
                 ("class_step", "steps map classes to classes, if the rate may be chosen anew"),
                 ("scale_step", "steps commute with the scale of W: 2 W at another rate")):
@@ -827,7 +827,7 @@ class Norm(Study):
         exact = (arrays["norm"] == "sphere") & (arrays["optimiser"] != "adam")
         say("orthogonal-steps", "with N (eps 0) steps of gd, sgd and normalised gd are orthogonal to W, "
             "so that |W| never falls (largest <W, step>, relative)",
-            "N does not see the length of W e_x", by_seed(arrays, arrays["inner"], exact), "<", 1e-6)
+            "N does not see the length of W e_x", float(arrays["inner"][exact].max()), "<", 1e-6)
         last = at_end(arrays, "weight_norm", **N, optimiser="normalised", n_tokens=1) ** 2
         first = of(arrays, "weight_norm", **N, optimiser="normalised", n_tokens=1)[:, 0] ** 2
         t = of(arrays, "lr", **N, optimiser="normalised", n_tokens=1) ** 2 * arrays["step"][-1]
@@ -1002,7 +1002,7 @@ class Projections(Study):
                 "limit": math.log(p[:, 0].max() / p[:, 1].max()) / 2}
 
     def claims(arrays, say):
-        zero, everyone = dict(emb="canonical", norm="none", init_scale=0.), pick(arrays)
+        zero = dict(emb="canonical", norm="none", init_scale=0.)
         say("f2-limit", "two orthonormal tokens from zero, without N: f2 goes to log(p1/p2) / 2 "
             "(off by; nothing is random here)", OURS,
             float(np.abs(at_end(arrays, "f2", **zero) - of(arrays, "limit", **zero)).max()), "<", .01)
@@ -1013,9 +1013,9 @@ class Projections(Study):
                 f'{NOTES}: "mecanismes transitoires (peut etre oscillatoires)"', turns, ">", 2)
         promise = f'{NOTES}: "si f_1 est grand et f_2 est petit on a une guarantie"'
         say("guarantee-loss", "f1 and f2 bound the loss from above at every step (least slack, nats)",
-            promise, by_seed(arrays, arrays["slack"], everyone, np.min), ">", -1e-12)
+            promise, float(arrays["slack"].min()), ">", -1e-12)
         say("guarantee-accuracy", "where they promise it every answer is right (steps broken)", promise,
-            by_seed(arrays, arrays["broken"], everyone), "is", 0)
+            int(arrays["broken"].sum()), "is", 0)
         for norm in "none", "sphere":
             mine = pick(arrays, emb="canonical", norm=norm, init_scale=1.)
             say(f"aligns-{norm}", f"N {norm}: W keeps turning to the max-margin direction, f2 / f1 "
@@ -1128,7 +1128,7 @@ class Spikes(Study):
             f"{edge:.3f} (first rate that does)", "descent lemma", first, ">", edge)
         lone = pick(arrays, norm="sphere", optimiser="gd", cos=0.)
         say("decoupled-cannot-cross", "with N and gd orthogonal tokens never turn by 90 degrees "
-            "in a step (steps)", OURS, by_seed(arrays, arrays["turned"].sum(1), lone), "is", 0)
+            "in a step (steps)", OURS, int(arrays["turned"][lone].sum()), "is", 0)
         quote = f'{NOTES}: "crossing at zero of vectors that get normalized"'
         for kind in "gd", "momentum", "adam":
             for cause, words in Spikes.CAUSES.items():

@@ -6,7 +6,7 @@ sum_x p(x) CE(s(.|x), y(x)) in nats. With N = M = 2 and N(h) = h / |h| it lives 
 with one minimum, log(1 + exp(-sqrt 2)) = .2176; without N it depends on gamma = W'(u_1 - u_2) alone.
 Floor under N, u orthonormal: log(1 + (M - 1) exp(-sqrt(M / (M - 1)))).
 
-    python exp_layernorm_landscape.py                      30 s: both landscapes, and five ways down
+    python exp_layernorm_landscape.py                      21 s: both landscapes, and five ways down
     python exp_layernorm_landscape.py --study ranking      Adam + LN > Adam > LN > SGD?
     python exp_layernorm_landscape.py --study clusters     another law: modular sums in the plane
 
@@ -630,7 +630,7 @@ class Ranking(Study):
         shapes = Ranking.found_shapes(arrays)
         steps = [f"{b} < {a}" for a, b in zip(Ranking.ORDER, Ranking.ORDER[1:])] + ["all three"]
         figure, axes = common.panels(2, f"In how many of {flags.runs} seeds does the error fall from "
-            f"SGD to LN to Adam to Adam + LN? ({flags.steps} steps)", flags, 2, (5.4, 4.2))
+            f"SGD to LN to Adam to Adam + LN? ({flags.steps} steps)", flags, 2, (6, 4.2))
         for ax, rate, title in zip(axes, (.1, None),
                                    ("lr .1 (Adam: .1 / d)", "each at its best of four")):
             wins = np.array([[*(gain > 0).sum(1), (gain > 0).all(0).sum()]
@@ -638,7 +638,7 @@ class Ranking(Study):
             common.image(ax, wins, title, figure, limits=(0, flags.runs))
             for (i, j), count in np.ndenumerate(wins):
                 ax.text(j, i, count, ha="center", va="center", backgroundcolor="white")
-            ax.set_xticks(range(4), steps, fontsize=8)
+            ax.set_xticks(range(4), steps, fontsize=7)
             ax.set_yticks(range(len(shapes)), ["N {}, M {}, d {}".format(*shape) for shape in shapes])
         return figure
 

@@ -44,7 +44,7 @@ def run(exp, line, path=None):
 
 def ledger(experiment, study, is_default=False):
     """{id: verdict} of a study in figures/, whose heading (and, of a default study, README) has the counts of the verdicts."""
-    text = (ROOT / f"figures/{experiment.split('_')[0]}.md").read_text()
+    text = "# \n".join(path.read_text() for path in (ROOT / "figures").glob("*.md") if path.name != "ledger.md")
     heading, section = re.search(rf"### {experiment}, {study}: (.*)\n((?:\n|\|.*\n)+)", text).groups()
     rows = dict(re.findall(r"(?m)^\| (\S+) \| .* \| (\w+) \|$", section))
     found = {id: verdict for id, verdict in rows.items() if id not in ("claim", "---")}

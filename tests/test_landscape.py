@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy, gelu
 
 import common
 import exp_layernorm_landscape as exp
-from conftest import run
+from conftest import ledger, run
 
 
 def flags_of(study=exp.Landscape, **fields):
@@ -271,7 +271,22 @@ def test_the_order_of_methods_is_judged_shape_by_shape():
     few = (arrays["seed"] < 5) & (arrays["n_classes"] == 2) & (arrays["norm"] == "sphere") & (arrays["optimiser"] == "gd")
     found = judged(exp.Ranking, arrays | {"error": level + .5 * few})
     assert [k for k in orders if found[k] is None] == [k for k in orders if "-M2-" in k]
-    assert not any(judged(exp.Ranking, arrays | {"error": -level})[k] for k in orders)
+    assert not any(judged(exp.Ranking, arrays | {"error": 1 - level})[k] for k in orders)
+
+
+@pytest.mark.parametrize("study", exp.STUDIES[:-1], ids=lambda study: study.__name__)
+def test_the_ledger_holds_what_the_code_claims(study):
+    """figures/landscape.md has the ids that a study claims now; README's counts are those of the ledger."""
+    arrays, _ = settings(study, 2)
+    R, rows = len(arrays["seed"]), ("loss", "right", "f2", "weight_norm", "limit", "small", "sharp", "turned", "relieved")
+    class Zeros(dict):
+        def __missing__(self, k):
+            return np.zeros((R, 2, 2) if k == "right" else (R, 2) if k in rows else R)
+    arrays = Zeros(arrays, step=np.arange(2), correct=100 / arrays["lr"], rate=arrays["lr"] * np.where(arrays["optimiser"] == "gd",
+        1, arrays["d_model"]), rises=np.ones(R), sharpest=np.ones(R))
+    name = common.study_name(study.__name__)
+    with np.errstate(all="ignore"):
+        assert [*ledger("layernorm_landscape", name, name == "landscape")] == [*judged(study, arrays)]
 
 
 @pytest.mark.parametrize("good", [True, False])
@@ -359,4 +374,5 @@ def test_claims_on_clusters_can_hold_and_be_false(true):
     a["accuracy"] = np.where(a["source"] == "", half, true > 0) * 1.
     a |= dict.fromkeys(("r2_counts", "r2_signed"), half * true * 1.) | {"eval_accuracy": a["accuracy"][:, None]}
     a |= {"train_accuracy": a["accuracy"] + (true < 0), "keeps_others": half * true, "keeps_first": half * (true < 0)}
-    assert {*judged(exp.Clusters, a).values()} == {true > 0}
+    found = judged(exp.Clusters, a)
+    assert {*found.values()} == {true > 0} and [*found] == [*ledger("layernorm_landscape", "clusters")]

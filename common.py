@@ -739,11 +739,11 @@ COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000 #F0E442".spli
 
 def panels(count, title, flags, columns=2, size=(5.4, 3.7)):
     """A figure with `count` axes in a grid, a title, and the flags in small print: (figure, axes)."""
-    columns = min(columns, count)
-    rows = ceil(count / columns)
+    columns, rows = min(columns, count), ceil(count / columns)
     figure = plt.figure(figsize=(size[0] * columns, size[1] * rows + .5), layout="constrained")
     figure.suptitle(title)
-    figure.supxlabel(f"exp_{experiment(flags)}.py {shlex.join(flags.argv)}", size=6, parse_math=False)
+    figure.supxlabel(  # in any font
+        f"exp_{experiment(flags)}.py {ascii(shlex.join(flags.argv))[1:-1]}", size=6, parse_math=False)
     return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
 
 def band(ax, x, y, label, colour):

@@ -16,8 +16,16 @@ import common
 import common_v1
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["exp_addition", "exp_iteration_head", "exp_layernorm_landscape", "exp_ngram_superposition"]  # those that stand on the new common.py
+SCRIPTS = ["exp_addition", "exp_gpt2_paths", "exp_iteration_head", "exp_layernorm_landscape",
+           "exp_ngram_superposition"]  # those that stand on the new common.py
+TRAINS = {"exp_gpt2_paths": "--study train-mini"}  # where the default study looks at one model
 STUDIES = [(name, study) for name in SCRIPTS for study in importlib.import_module(name).STUDIES]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Models that a test trains or fetches are its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(params=SCRIPTS)

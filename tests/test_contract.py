@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 import common
-from conftest import ROOT, SCRIPTS, STUDIES, alike, arrays_of, interrupted, run
+from conftest import ROOT, SCRIPTS, STUDIES, TRAINS, alike, arrays_of, interrupted, run
 
 IDS = [f"{name[4:]}-{common.study_name(study.__name__)}" for name, study in STUDIES]
 QUICK = "--smoke --compile off --save-every 0 --steps 230"
+LONGEST = {"exp_gpt2_paths": 750}  # lines of a fork with the first study
 
 
 @pytest.mark.parametrize("name, study", STUDIES, ids=IDS)
@@ -54,19 +55,20 @@ def test_a_fork_by_each_study_runs(name, study, tmp_path, monkeypatch):
         assert all(np.array_equal(x, theirs[k], equal_nan=x.dtype.kind == "f") for k, x in mine.items())
         flags = [common.Source(path.read_text()).members.keys() for path in (ROOT / f"{name}.py", tmp_path / "exp_mine.py")]
         assert {k.split()[-1] for k in theirs.keys() - mine.keys()} <= flags[0] - flags[1]  # settings that the fork has not
-        assert len((tmp_path / "exp_mine.py").read_text().splitlines()) <= 550
+        assert len((tmp_path / "exp_mine.py").read_text().splitlines()) <= LONGEST.get(name, 550)
 
 
 def test_runs_are_alike_alone_and_in_company(exp, tmp_path):
-    assert run(exp, f"{QUICK} --runs 3", tmp_path / "many") == 0
-    assert run(exp, f"{QUICK} --runs 1 --seed 2", tmp_path / "one") == 0
+    line = f"{QUICK} {TRAINS.get(exp.__name__, '')}"
+    assert run(exp, f"{line} --runs 3", tmp_path / "many") == 0
+    assert run(exp, f"{line} --runs 1 --seed 2", tmp_path / "one") == 0
     many, one = arrays_of(tmp_path / "many"), arrays_of(tmp_path / "one")
     for k in [k for k in many if "metrics.npz" in k and "step" not in k]:
         assert np.array_equal(many[k][:, 2::3], one[k], equal_nan=True), k
 
 
 def test_an_interrupted_run_draws_marks_and_resumes_with_the_same_bits(exp, tmp_path, capsys):
-    line = f"{QUICK} --block 2 --runs 3 --snapshots"
+    line = f"{QUICK} {TRAINS.get(exp.__name__, '')} --block 2 --runs 3 --snapshots"
     assert run(exp, line, tmp_path / "whole") == 0
     with interrupted(after=5):
         assert run(exp, line, tmp_path / "cut") == 130
@@ -81,7 +83,7 @@ def test_an_interrupted_run_draws_marks_and_resumes_with_the_same_bits(exp, tmp_
 
 def test_compiled_is_eager(exp, tmp_path):
     """To rounding; and one compiled run is alike in two folders."""
-    line = "--smoke --runs 1 --steps 12 --block 1"
+    line = f"--smoke --runs 1 --steps 12 --block 1 {TRAINS.get(exp.__name__, '')}"
     assert run(exp, f"{line} --compile off", tmp_path / "eager") == 0
     assert run(exp, f"{line} --compile on", tmp_path / "compiled") == 0
     assert common.read(tmp_path / "compiled/config.json")["flags"]["steps"] == 12

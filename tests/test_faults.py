@@ -15,7 +15,7 @@ import time
 import pytest
 
 import common
-from conftest import ROOT, SCRIPTS, alike, interrupted, run
+from conftest import ROOT, SCRIPTS, TRAINS, alike, interrupted, run
 
 pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("FAULTS", 1))  # moments for each script
@@ -49,7 +49,7 @@ sys.exit(status)
 
 
 def child(script, path, at=None, *more):
-    line = [*"--smoke --steps 230 --snapshots --compile off --save-every 0 --block 2 --out".split(), str(path), *more]
+    line = [*"--smoke --steps 230 --snapshots --compile off --save-every 0 --block 2 --out".split(), str(path), *TRAINS.get(script, "").split(), *more]
     code = CHILD.format(root=str(ROOT), at=at, script=script, line=line)
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
 

@@ -22,7 +22,7 @@ from conftest import alike, arrays_of
 pytestmark = [pytest.mark.slow, pytest.mark.skipif("FAULTS" not in os.environ, reason="the first edition, unchanged")]
 ROOT = Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("FAULTS", 1))  # moments for each script
-STUDY = {"gpt2_paths": "--study train-mini", "esn_genetic": "--study evolve"}
+STUDY = {"esn_genetic": "--study evolve"}
 MOMENTS = "drawing", "stepping", "writing", "plotting"
 
 # A child that counts the calls of what it does and kills itself in the N-th of one kind; without a kind it reports the counts.

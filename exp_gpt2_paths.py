@@ -139,7 +139,7 @@ def encode(text, own):
 def spelled(own):
     """[V] what each token stands for; bytes that are no text of their own in hexadecimal."""
     names = [bytes(BYTES.get(c, 63) for c in token) for token in sorted(own.ids, key=own.ids.get)]
-    return np.array([name.decode(errors="backslashreplace").replace("\0", "\\0") for name in names])
+    return np.array([name.decode(errors="backslashreplace") for name in names])
 
 def learn_merges(text, count):
     """The `count` most frequent pairs, one after another (Sennrich et al. 2016); of equals the last."""
@@ -166,10 +166,7 @@ def learn_merges(text, count):
 @functools.cache
 def read_text(file):
     """The text of a UTF-8 file, read once: it may be a pipe."""
-    try:
-        return Path(file).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise common.Stop(f"{file} is no UTF-8 text (byte {error.start}); convert it")
+    return trusted(Path.read_text, Path(file), "utf-8-sig")
 
 def corpus(file):
     """(text to learn, text held out) of a file, or of Python's language reference. A paragraph that
@@ -237,7 +234,12 @@ def forward(params, tokens, config, patch=lambda name, x: x):
         return F.linear(x, params[f"{name}.weight"].T, params[f"{name}.bias"])
     def norm(x, name):
         return F.layer_norm(x, (d,), params[f"{name}.weight"], params[f"{name}.bias"], config.eps)
-    states = [params["wte.weight"][tokens] + params["wpe.weight"][:T]]
+    E, at = params["wte.weight"], tokens.device
+    if at.type == "cpu":
+        x = E[tokens]
+    else:  # on a card the gradient of an index adds in any order
+        x = (tokens[..., None] == torch.arange(len(E), device=at)).to(E.dtype) @ E
+    states = [x + params["wpe.weight"][:T]]
     for l in range(config.n_layer):
         x = states[-1]
         q, k, v = map(split, linear(norm(x, f"h.{l}.ln_1"), f"h.{l}.attn.c_attn").split(d, -1))
@@ -315,7 +317,7 @@ def trusted(read, *what):
     except common.Stop:
         raise
     except Exception as error:
-        raise common.Stop(f"{what[0]} can't be read as a GPT-2: {error!r:.200}")
+        raise common.Stop(f"{what[0]} can't be read: {error!r:.200}")
 
 def read_json(path, data=None):
     """The JSON object in a file, or in its bytes."""
@@ -630,11 +632,12 @@ def title(arrays, what, of_token=False):
     return text + f'; after "..{shown(before)}": {red}' * of_token
 
 def layers(ax, y, label, colour):
-    """Median over positions of y [layers, T], quartiles as a band."""
-    low, middle, high = np.nanquantile(np.asarray(y, float), [.25, .5, .75], axis=1)
+    """Median over positions of y [layers, T], quartiles as a band; or y [layers] as it is."""
+    low, middle, high = np.nanquantile(np.reshape(y, (len(y), -1)) * 1., [.25, .5, .75], axis=1)
     ax.fill_between(np.arange(len(y)), low, high, color=colour, alpha=.2, lw=0)
     ax.plot(middle, "o-", color=colour, ms=3, label=label)
     ax.set_xlabel("layer (0: embedding)")
+    ax.locator_params("x", integer=True)
 
 def legends(axes):
     for ax in axes:
@@ -702,10 +705,9 @@ class Paths(Look):
         ranks = dict(rank_cosine="by cosine with h_l", rank_cosine_final="by cosine with ln_f(h_l)",
                      lens_rank="by dot product with ln_f(h_l)")
         for (key, label), colour in zip(ranks.items(), (BLUE, GREEN, RED)):
-            ranked = np.median(arrays[key][:, ~arrays["first"]], 1) + 1
-            axes[2].plot(ranked, "o-", ms=3, color=colour, label=label)
+            layers(axes[2], np.median(arrays[key][:, ~arrays["first"]], 1) + 1, label, colour)
         common.shelf(axes[2], len(arrays["names"]) / 2, "chance")
-        axes[2].set(yscale="log", xlabel="layer", ylabel="median rank of the predicted token (1: first)")
+        axes[2].set(yscale="log", ylabel="median rank of the predicted token (1: first)")
         legends(axes)
         return figure
 
@@ -716,8 +718,6 @@ def path_sentences(a):
     return [
         ("not-embedding", "last_state(t) is not emb(t+1) (cosine of h_L with the predicted one)", NOTES,
          last("cosine_predicted"), "<", .9),
-        ("nearer-than-most", "yet the predicted token's embedding is nearer to h_L, by cosine, than 95 "
-         "% of the vocabulary (share above it)", OURS, last("rank_cosine") / len(a["names"]), "<", .05),
         ("little-by-little", "the blocks turn the input, little by little, into emb(t+1) (rank "
          "correlation of the cosine, depth)", NOTES, monotone(a["cosine_predicted"][:, later]), ">", .9),
         ("by-cosine", "the last state picks emb(t+1) by cosine similarity, after ln_f (tokens nearer)",
@@ -941,8 +941,8 @@ class Lens(Look):
                   "nearest embedding of h_l: the input token": arrays["nearest"] == arrays["tokens"],
                   "nearest embedding of h_l: the prediction": arrays["nearest"] == arrays["predicted"]}
         for (label, same), colour in zip(shares.items(), common.COLOURS):
-            axes[1].plot(same[:, later].mean(1), "o-", ms=3, color=colour, label=label)
-        axes[1].set(xlabel="layer", ylabel="share of positions", ylim=(-.02, 1.02))
+            layers(axes[1], same[:, later].mean(1), label, colour)
+        axes[1].set(ylabel="share of positions", ylim=(-.02, 1.02))
         layers(axes[2], arrays["norm"][:, later], "positions after the first", BLUE)
         layers(axes[2], arrays["norm"][:, ~later], "first position", ORANGE)
         axes[2].set(ylabel="|h_l|", yscale="log")
@@ -1045,7 +1045,7 @@ class Blocks(Look):
                 layers(ax, arrays[key][:, part][:, ~arrays["first"]], name, colour)
                 ax.set(xlabel="block", ylabel=label)
             kept = arrays["kept"][:, part][:, ~arrays["first"]].mean(1)
-            axes[3].plot(kept, "o-", ms=3, color=colour, label=f"without its {name}")
+            layers(axes[3], kept, f"without its {name}", colour)
         axes[2].set_yscale("symlog", linthresh=.01)
         axes[3].set(xlabel="block", ylabel="share of answers that stay", ylim=(-.02, 1.02))
         legends(axes)

@@ -159,7 +159,7 @@ def leaves(x):
 
 
 def house_row(name, repeats, seconds, each, models, loss_of, drawn, begin, step, constants=None, optimisers=None, compared=True,
-              **optimiser):
+              compile=True, **optimiser):
     """A row for runs `each` on the second edition: loss_of(model, run, t) is the notebook's own loss of a step, drawn(run, t)
     -> data for loss_of(.., data=) what our step t draws: the losses of three steps must agree."""
     flags, runs, at = each[0], len(each), house.device(each[0])
@@ -173,7 +173,7 @@ def house_row(name, repeats, seconds, each, models, loss_of, drawn, begin, step,
     bound = limit(program) * len(blocks)
     with fresh_cache():
         house.NOW.asked, start = False, time.perf_counter()
-        failed = program.compile()
+        failed = compile and program.compile()
         compile_seconds = time.perf_counter() - start
     if failed:
         raise SystemExit(f"no ratio without a compiler: {failed}")
@@ -516,43 +516,47 @@ class GPT2Model(nn.Module):
         return self.ln_f(h) @ self.wte.weight.T
 
 
+class Clipped(torch.optim.AdamW):
+    """AdamW as the mini is trained: gradients of at most 1, a rate that rises and falls."""
+
+    def __init__(self, flags, *a, **more):
+        super().__init__(*a, **more)
+        self.flags, self.count = flags, 0
+
+    def step(self):
+        group, = self.param_groups
+        torch.nn.utils.clip_grad_norm_(group["params"], 1.)
+        group["lr"] = self.flags.lr * float(exp_gpt2.schedule(torch.tensor(self.count), self.flags.steps))
+        self.count += 1
+        super().step()
+
+
 def mini_row(name, repeats, seconds, compile):
-    flags = exp_gpt2.Flags(study="train-mini", compile=compile, device="cpu")
-    own, learn, _ = exp_gpt2.rows_of(flags)
-    config = exp_gpt2.mini_config(flags, len(own.ids))
-    params = exp_gpt2.init(config, common.generator(0, "init"))
-    model = GPT2Model(params, config)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=flags.lr, weight_decay=flags.weight_decay, betas=(.9, .99))
-    factor = lambda t: float(exp_gpt2.schedule(torch.tensor(float(t)), flags.steps))
-    rate = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-    theirs, mine = itertools.count(), itertools.count()
+    study = exp_gpt2.TrainMini
+    flags = exp_gpt2.Flags(**study.defaults | dict(runs=1), room=study, device="cpu")
+    _, learn, _, config = exp_gpt2.taught(flags)
+    model = GPT2Model(exp_gpt2.start(flags)["params"], config)
+    rows_at = lambda first: learn[first[:, None] + torch.arange(flags.context + 1)]
+    most = len(learn) - flags.context
 
-    def pieces(chunk, steps):
-        start = torch.randint(len(learn) - flags.context, (steps, flags.batch, 1),
-                              generator=common.generator(0, "train", chunk))
-        return learn[start + torch.arange(flags.context + 1)]
+    def loss_of(model, run, t, rows=None):
+        rows = rows_at(torch.randint(most, (flags.batch,))) if rows is None else rows
+        logits = model.logits(model(rows[:, :-1])[-1])
+        return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
 
-    def notebook(steps):
-        losses = torch.zeros(steps, 1)
-        for step, rows in enumerate(pieces(next(theirs), steps)):
-            logits = model.logits(model(rows[:, :-1])[-1])
-            losses[step] = update(optimiser, F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()), clip=1.)
-            rate.step()
-        return losses
-    draw = lambda steps: pieces(next(mine), steps)[:, None]
-    state = common.stack([{"params": params, **common.adam_init(params)}])
-    arguments = exp_gpt2.step_of(flags, config), state, common.numbers([flags]), draw(1)[0], flags, common.CHUNK
-    with contextlib.redirect_stdout(None):
-        fused = compiled(common.Fused, *arguments) if compile == "on" else common.Fused(*arguments)
-    mine = itertools.count()
-    return row(name, 1, notebook, fused, draw, repeats, seconds)
+    def drawn(run, t):
+        return rows_at(house.integers(house.key(torch.tensor(0), 0, torch.tensor(t)), most, flags.batch))
+    optimiser = Clipped(flags, model.parameters(), weight_decay=flags.weight_decay, betas=(.9, .99))
+    return house_row(name, repeats, seconds, [flags], [model], loss_of, drawn, exp_gpt2.start, exp_gpt2.step_of(flags),
+                     exp_gpt2.constants, [optimiser], compile=compile)
 
 
 def reading_row(name, repeats, positions):
     """One text through random weights of gpt2's shape: states, lens and ranks. The notebook sorts to rank, layer by layer."""
     config = exp_gpt2.Config(12, 12, 768, 1024, 50257)
-    params = exp_gpt2.init(config, common.generator(0, "init"))
-    model, tokens = GPT2Model(params, config), torch.randint(50257, (positions,), generator=common.generator(0, "eval"))
+    params = exp_gpt2.init(config, house.generator(0, "init"))
+    model, tokens = GPT2Model(params, config), torch.randint(50257, (positions,), generator=house.generator(0, "eval"))
+    own = exp_gpt2.Model(params, config, None, "gpt2")
 
     @torch.no_grad()
     def notebook():
@@ -569,7 +573,7 @@ def reading_row(name, repeats, positions):
 
     @torch.no_grad()
     def ours():
-        return exp_gpt2.decode(torch.stack(exp_gpt2.forward(params, tokens, config)), params, config)
+        return exp_gpt2.decode(torch.stack(exp_gpt2.forward(params, tokens, config)), own)
     kl, rank, cosine = (torch.stack(x) for x in zip(*notebook()))
     found = ours()
     apart = (kl - found["lens_kl"]).abs().max(), (rank != found["lens_rank"]).float().mean(), (
@@ -652,8 +656,8 @@ ROWS = {
         lambda *a: clusters_row("clusters, width 128, batch 32", *a, 16),
     ],
     "gpt2": [
-        lambda *a: mini_row("gpt2 mini, batch 16 x 64, eager as by default", *a, compile="off"),
-        lambda *a: mini_row("gpt2 mini, batch 16 x 64, --compile on", *a, compile="on"),
+        lambda *a: mini_row("gpt2 mini, batch 16 x 64, eager as by default", *a, compile=False),
+        lambda *a: mini_row("gpt2 mini, batch 16 x 64, --compile on", *a, compile=True),
         lambda repeats, seconds: reading_row("gpt2 124M, 64 tokens: states, lens, ranks (a text, not a step)", repeats, 64),
     ],
     "esn": [

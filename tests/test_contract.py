@@ -166,8 +166,9 @@ def group(runs, folder, start, step_of, evaluate_of, constants):  # each kind of
     seen.add(key)
 
     def planted(flags):
+        own = step_of(flags)
         def step(state, number):
-            new, logs = step_of(flags)(state, number)
+            new, logs = own(state, number)
             return new, {{k: x + torch.arange(1.)[0] for k, x in logs.items()}}
         return step
     real_group(runs, folder, start, planted if {plant} else step_of, evaluate_of, constants and real)

@@ -40,8 +40,7 @@ from common import flag
 # ==== Flags ==========================================================================================
 @dataclass
 class Flags(common.Flags):
-    model: str = flag("mini", "mini (trained here once), a name on the Hugging Face hub (gpt2, "
-        "owner/name), looked up in its cache, or a directory")
+    model: str = flag("mini", "mini (trained here once), a name on the Hugging Face hub, or a directory")
     untrained: bool = flag(False, "initial weights in the shape of the model")
     download: bool = flag(False, "fetch a named model that is not there (HF_ENDPOINT)")
     text: str = flag("", "text to look at (default: the mini's held-out text, or built-in sentences)")
@@ -90,8 +89,7 @@ def words_of():
     words = f"'s|'t|'re|'ve|'m|'ll|'d| ?[{L}]+| ?[{N}]+| ?[^{S}{L}{N}]+|[{S}]+(?![^{S}])|[{S}]+"
     return re.compile(words)
 
-# GPT-2 writes bytes as printable characters: printable ones as themselves, the others from U+0100 on.
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # others are written from U+0100
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
 ALPHABET = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(OTHERS)}
 BYTES = {c: b for b, c in ALPHABET.items()}
@@ -243,7 +241,7 @@ def forward(params, tokens, config, patch=lambda name, x: x):
     for l in range(config.n_layer):
         x = states[-1]
         q, k, v = map(split, linear(norm(x, f"h.{l}.ln_1"), f"h.{l}.attn.c_attn").split(d, -1))
-        scores = (q @ k.transpose(-1, -2) * (d // heads) ** -.5).masked_fill(unseen, -torch.inf)
+        scores = (q / (d // heads) ** .5 @ k.transpose(-1, -2)).masked_fill(unseen, -torch.inf)
         mixed = (scores.softmax(-1) @ v).transpose(-2, -3).flatten(-2)
         x = x + patch(f"attn.{l}", linear(mixed, f"h.{l}.attn.c_proj"))
         hidden = F.gelu(linear(norm(x, f"h.{l}.ln_2"), f"h.{l}.mlp.c_fc"), approximate="tanh")
@@ -590,6 +588,7 @@ def monotone(y):
 class Look(common.Study):
     """A model looked at, on one text. learns: whether --file is what a mini learns."""
     learns = False
+    free = "model untrained download text file token window".split()
     defaults = dict(evals=5, compile="off", block=1)  # a step is matrix products, which fill the cache
     smoke = dict(steps=4, n_layers=2, n_heads=2, d_model=12, context=16, merges=20, batch=2)
 
@@ -676,15 +675,15 @@ class Paths(Look):
         figure, axes = common.panels(3, title(arrays, what, True), flags, 3)
         i, tokens, path = (arrays[k] for k in ("token", "pca_tokens", "pca_states"))
         for ax in axes[:2]:
-            ax.scatter(*tokens.T, s=1, color="silver", rasterized=True, label="embeddings")
-            ax.plot(*path[:, i].T, "o-", color=BLUE, lw=1, ms=3, label="states h_0 .. h_L")
-            ax.plot(*tokens[arrays["predicted"][i]], "o", color=RED, ms=6, label="predicted token")
-            ax.add_patch(plt.Rectangle((-1, -1), 2, 2, fill=False, ls="--", lw=.8, label="[-1, 1]²"))
+            ax.scatter(*tokens.T, s=1, color="silver", label="embeddings")
+            ax.plot(*path[:, i].T, "o-", color=BLUE, ms=3, label="states h_0 .. h_L")
+            ax.plot(*tokens[arrays["predicted"][i]], "o", color=RED, label="predicted token")
+            ax.add_patch(plt.Rectangle((-1, -1), 2, 2, fill=False, ls="--", label="[-1, 1]²"))
             ax.set(xlabel="first component of the embeddings", ylabel="second component")
         for l, at in enumerate(path[:, i]):
             axes[0].annotate(str(l), at, (2, 2), textcoords="offset points", fontsize=6)
         low, high = np.minimum(tokens.min(0), -1.05), np.maximum(tokens.max(0), 1.05)
-        axes[1].set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), title="where the embeddings are")
+        axes[1].set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
         for mode, colour, kept in zip(MODES, common.COLOURS, arrays["explained"]):
             axes[2].plot(np.arange(len(kept)) + 1, kept.cumsum(), color=colour,
                          label=f"{mode}: {kept[:3].sum():.1%} in 3")
@@ -732,18 +731,19 @@ def bases(E):
     """{mode: Basis} of embeddings [V, d], in float64: raw, each row divided by its norm (on x), or each
     dimension by its standard deviation (on dim). Each axis' largest entry is positive."""
     found, deviation = {}, E.double().std(0, correction=0).clamp(min=1e-15)
-    ways = torch.Tensor.double, lambda x: F.normalize(x.double(), dim=-1), lambda x: x / deviation
+    ways = torch.Tensor.double, lambda x: F.normalize(x, dim=-1).double(), lambda x: x / deviation
     for mode, scaled in zip(MODES, ways):
         x = scaled(E)
         mean = x.mean(0)
-        variance, axes = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
+        variance, axes = torch.linalg.eigh(x.T @ x / len(x) - mean[:, None] * mean)
         axes = axes.flip(1) * axes.flip(1).gather(0, axes.flip(1).abs().argmax(0, keepdim=True)).sign()
         found[mode] = Basis(scaled, mean, axes, variance.flip(0).clamp(min=0))
+        del x  # not two of them in memory
     return found
 
 def coordinates(x, basis, k=None):
     """[.., k] of x [.., d] in a basis of the embeddings, as they would be if x were one of them."""
-    return (basis.scaled(x) - basis.mean) @ basis.axes[:, :k]
+    return basis.scaled(x) @ basis.axes[:, :k] - basis.mean @ basis.axes[:, :k]
 
 class Plane(Look):
     """Is the path above a plane of embeddings, and what does the last state select?
@@ -814,7 +814,7 @@ class Plane(Look):
         axes[0].set(xlabel="first k components of the embeddings", ylabel="share of |x - mean|² outside")
         i, tokens, path = int(arrays["token"]), arrays["plane_tokens"], arrays["plane_states"]
         for ax, x in zip(axes[1:], (0, 1)):
-            ax.scatter(*tokens[:, [x, 2]].T, s=1, color="silver", rasterized=True, label="embeddings")
+            ax.scatter(*tokens[:, [x, 2]].T, s=1, color="silver", label="embeddings")
             ax.plot(*path[:, i][:, [x, 2]].T, "o-", color=BLUE, ms=3, lw=1, label="states h_0 .. h_L")
             ax.set(xlabel=f"component {x + 1} of the embeddings", ylabel="direction orthogonal to both")
         layers(axes[3], arrays["above"][:, later], "states", BLUE)
@@ -875,7 +875,7 @@ class Sphere(Look):
                 ax.plot(*seen(np.stack(circle, 1)), color="#dddddd", lw=.5, zorder=0)
         order = log_p.argsort()
         dots = ax.scatter(*seen(tokens[order]), c=log_p[order], s=2 if len(order) > 5000 else 8, vmin=-8,
-                          vmax=0, lw=0, rasterized=True)
+                          vmax=0, lw=0)
         share = np.linspace(0, 1, 21)[:, None]
         for a, b in zip(path, path[1:]):
             arc = a + share * (b - a) + 1e-9

@@ -4,7 +4,7 @@ Law: a text. Model: h_0 = wte + wpe, h_l is the state after block l, z = ln_f(h_
 hypothesis: h_L(t) = emb(t+1). Looked at is any model of GPT-2's architecture; by default a mini, trained
 here on the language reference that every Python carries. Its geometry is not GPT-2's.
 
-    python exp_gpt2_paths.py                           80 s, later 10 s: train the mini, follow its paths
+    python exp_gpt2_paths.py                           65 s, later 5 s: train the mini, follow its paths
     python exp_gpt2_paths.py --model gpt2 --download   the same of GPT-2 (548 MB once), or of a directory
     python exp_gpt2_paths.py --study blocks            which block turns the state, and is it needed?
 

@@ -59,7 +59,8 @@ def test_killed_and_resumed_is_what_it_would_have_been(script, tmp_path):
     done = child(script, tmp_path / "whole")
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout.rsplit("calls ", 1)[1])
-    for i in range(3 * KILLS):
+    every = range(3 * KILLS) if KILLS > 1 or script == SCRIPTS[0] else [SCRIPTS.index(script)]  # the long form: all moments
+    for i in every:
         kind, path = [*counts][i % 3], tmp_path / str(i)
         at = (kind, random.Random(i).randrange(1, counts[kind] + 1))
         killed = child(script, path, at)

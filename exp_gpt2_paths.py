@@ -132,7 +132,8 @@ def encode(text, own):
             return [own.ids[s] for s in merged("".join(ALPHABET[b] for b in word.encode()), own.ranks)]
         except (UnicodeEncodeError, KeyError):
             raise common.Stop(f"the model has no token for a part of {word!a:.40}")
-    return [i for word in words_of().findall(own.prefix + text) for i in of_word(word)]
+    words = words_of().findall(own.prefix * (text[:1] != " ") + text)
+    return [i for word in words for i in of_word(word)]
 
 def spelled(own):
     """[V] what each token stands for; bytes that are no text of their own in hexadecimal."""
@@ -184,7 +185,7 @@ def lesson(file, merges, context):
     learn, held = (torch.tensor(encode(text, own)) for text in (learn, held))
     if min(len(learn), len(held)) <= context + 1:
         raise common.Stop(f"{len(learn)} tokens to learn, {len(held)} held out: too few for --context")
-    return own, learn, held.unfold(0, context + 1, context)
+    return own, learn, held.unfold(0, context + 1, context)[:512]
 
 # ==== Model ==========================================================================================
 class Config(NamedTuple):
@@ -386,9 +387,10 @@ def read_tokenizer(folder):
         whole = read_json(path)
         ids, merges = whole["model"]["vocab"], whole["model"]["merges"]
         ids |= {token["content"]: token["id"] for token in whole.get("added_tokens", [])}
-        if whole["pre_tokenizer"]["type"] != "ByteLevel":
+        cut = whole["pre_tokenizer"]
+        if cut["type"] != "ByteLevel" or not cut.get("use_regex", True) or whole.get("normalizer"):
             raise common.Stop(f"{path} is no byte-level BPE as GPT-2's")
-        spaced = whole["pre_tokenizer"].get("add_prefix_space", spaced)
+        spaced = cut.get("add_prefix_space", spaced)
     else:
         path, extra = folder / "vocab.json", folder / "added_tokens.json"
         ids = read_json(path) | (read_json(extra) if extra.is_file() else {})
@@ -396,7 +398,7 @@ def read_tokenizer(folder):
         merges = [line for line in merges if line and not line.startswith("#version")]
     pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
     missing = {a + b for a, b in pairs} - ids.keys()
-    if missing or sorted(ids.values()) != [*range(len(ids))]:
+    if missing or [*map(str, sorted(ids.values()))] != [*map(str, range(len(ids)))]:
         raise common.Stop(f"{path}: ids must be 0 .. {len(ids) - 1}; without one: {sorted(missing)[:3]}")
     return Tokenizer(ids, {pair: i for i, pair in enumerate(pairs)}, " " if spaced else "")
 
@@ -437,12 +439,12 @@ def find(flags):
         if main.is_file():
             places.append(main.parents[1] / "snapshots" / main.read_text().strip())
     for place in *places, own:
-        if (place / "config.json").is_file():
+        if (place / "config.json").is_file() and [*place.glob("model.safetensors*")]:
             return place
-    web = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    web = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     if not flags.download:
-        raise common.Stop(f"--model {flags.model} is no folder with a config.json, nor in {hub}: "
-                          "--download fetches a name of the hub")
+        raise common.Stop(f"--model {flags.model}: neither it nor {hub} has its config.json and "
+                          "model.safetensors; --download fetches a name of the hub")
     if common.RANK == 0:
         with tempfile.TemporaryDirectory(dir=cache()) as folder:
             for file in FILES:
@@ -452,6 +454,7 @@ def find(flags):
                 except (OSError, ValueError) as error:
                     if "404" not in str(error):  # a tokenizer has two spellings
                         raise common.Stop(f"{web}/{name}: {error}")
+            trusted(read_weights, Path(folder))  # all of it came
             shutil.copytree(folder, own, dirs_exist_ok=True)
     common.meet()
     return own
@@ -470,7 +473,7 @@ def mini(flags, folder):
         trained, = common.train([[flags]], folder / "mini", start, step_of, evaluate_of, constants)
         model = model_of(flags, common.run_of(trained.params, 0))
         if common.NOW.asked:
-            return model._replace(name="mini, interrupted")
+            return model._replace(name="mini (interrupted)")
         common.write(place, model.params)
         common.meet()
     return model_of(flags, common.read(place))
@@ -496,13 +499,14 @@ def reading(flags):
     else:
         (config, _), own = (trusted(read, find(flags)) for read in (read_config, read_tokenizer))
         ids = encode(SENTENCES, own)
-    given = flags.text or flags.file and read_text(flags.file)
-    ids = encode(given, own) if given else ids
+    given = flags.text or flags.file
+    if given:
+        ids = encode(read_text(given) if flags.file else given, own)
     size = flags.window or config.n_positions
     if size > config.n_positions or len(ids) > size and given and not flags.window:
         raise common.Stop(f"{len(ids)} tokens, {config.n_positions} positions: give a smaller --window")
-    if len(ids) < 2 or not -len(ids) <= flags.token < len(ids):
-        raise common.Stop(f"the text has {len(ids)} tokens, --token is {flags.token}")
+    if min(len(ids), size) < 2 or not -len(ids) <= flags.token < len(ids):
+        raise common.Stop(f"{len(ids)} tokens, windows of {size}: too few, or for --token {flags.token}")
     return torch.tensor(ids), list(range(0, len(ids), size))
 
 # ==== Measures =======================================================================================
@@ -577,7 +581,7 @@ def look(model, ids, starts, seed):
 def quartiles(values):
     """(median, lower quartile, upper quartile) over positions: decided where three quarters agree."""
     values = np.asarray(values, float)
-    return tuple(np.nanquantile(values, [.5, .25, .75])) if np.isfinite(values).any() else []
+    return tuple(np.nanquantile(values, [.5, .25, .75])) if np.isfinite(values).sum() > 2 else []
 
 def monotone(y):
     """[T] rank correlation of y [L+1, T] with the layer (Spearman)."""
@@ -625,7 +629,7 @@ def shown(text, width=99):
 def title(arrays, what, of_token=False):
     """What a figure shows, of which model, and after which text if it is about one token."""
     name, i = str(arrays["model"]), int(arrays["token"])
-    text = f"{what}\n{shown(name)}" + ", made here; its geometry is not GPT-2's" * ("mini" in name)
+    text = f"{what}\n{shown(name)}" + ", made here: its geometry is its own" * ("mini" in name.split())
     before = "".join(arrays["names"][arrays["tokens"][max(0, i - 8):i + 1]])[-40:]
     red = shown(arrays["names"][arrays["predicted"][i]], 12)
     return text + f'; after "..{shown(before)}": {red}' * of_token
@@ -665,9 +669,9 @@ class Paths(Look):
         out = np.maximum(end - box.max(0), box.min(0) - end) / np.ptp(box, 0)
         words = "in two components the last states lie far outside of all embeddings (sides of a box)"
         say_all(say, [("beyond", words, NOTES, out.max(1), ">", .5)], arrays["model"])
-        say("square", "the embeddings lie within [-1, 1] x [-1, 1] (share)", NOTES,
+        say("square", f"{arrays['model']}: the embeddings lie within [-1, 1] x [-1, 1] (share)", NOTES,
             float(arrays["square"]), ">", .9999)
-        say("three-components", "three components keep about 4 % of the information (of GPT-2)", NOTES,
+        say("three-components", f"{arrays['model']}: three components keep 4 % of the variance", NOTES,
             float(arrays["three"]), "in", (.035, .045))
 
     def draw_path(arrays, flags):
@@ -683,12 +687,12 @@ class Paths(Look):
         for l, at in enumerate(path[:, i]):
             axes[0].annotate(str(l), at, (2, 2), textcoords="offset points", fontsize=6)
         low, high = np.minimum(tokens.min(0), -1.05), np.maximum(tokens.max(0), 1.05)
-        axes[1].set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
-        for mode, colour, kept in zip(MODES, common.COLOURS, arrays["explained"]):
-            axes[2].plot(np.arange(len(kept)) + 1, kept.cumsum(), color=colour,
+        axes[1].axis([low[0], high[0], low[1], high[1]])
+        for mode, kept in zip(MODES, arrays["explained"]):
+            axes[2].plot(np.arange(len(kept)) + 1, kept.cumsum(),
                          label=f"{mode}: {kept[:3].sum():.1%} in 3")
         axes[2].set(xscale="log", xlabel="components of the embeddings' PCA", ylabel="share of variance")
-        legends(axes[::2])
+        legends(axes)
         return figure
 
     def draw_cosines(arrays, flags):
@@ -714,14 +718,15 @@ def path_sentences(a):
     """(id, statement, source, values [T'], relation, bound) on cosines and ranks."""
     later = ~a["first"]
     last = lambda key: a[key][-1, later]
+    steps = np.diff(a["cosine_predicted"][:, later], axis=0)
+    rise = steps.sum(0)
     return [
         ("not-embedding", "last_state(t) is not emb(t+1) (cosine of h_L with the predicted one)", NOTES,
          last("cosine_predicted"), "<", .9),
-        ("little-by-little", "the blocks turn the input, little by little, into emb(t+1) (rank "
-         "correlation of the cosine, depth)", NOTES, monotone(a["cosine_predicted"][:, later]), ">", .9),
+        ("little-by-little", "the blocks turn the input, little by little, into emb(t+1) (rise of the "
+         "cosine over its largest change in a block)", NOTES, rise / np.abs(steps).max(0), ">", 2),
         ("by-cosine", "the last state picks emb(t+1) by cosine similarity, after ln_f (tokens nearer)",
-         NOTES, last("rank_cosine_final"), "<", .5),
-        ("by-cosine-raw", "it does by that of h_L (tokens nearer)", NOTES, last("rank_cosine"), "<", .5)]
+         NOTES, last("rank_cosine_final"), "<", .5)]
 
 MODES = "raw", "on x", "on dim"  # how embeddings are scaled for a PCA
 
@@ -777,7 +782,7 @@ class Plane(Look):
                  "beyond": beyond[-1][:, k], "limit": shares.quantile(.95),
                  "plane_states": path, "plane_tokens": (E - basis.mean) @ frame,
                  "above": path[..., 2].square() / (states - basis.mean).square().sum(-1)}
-        u = F.normalize(E[seen["predicted"]] - E.mean(0), dim=-1)
+        u = F.normalize(W[seen["predicted"]] - W.mean(0), dim=-1)
         amount = (seen["final"] * u).sum(-1, keepdim=True)
         random = F.normalize(torch.randn(u.shape, generator=common.generator(flags.seed, "way")), dim=-1)
         for name, v in ("other", u.roll(-1, 0)), ("random", random):
@@ -984,9 +989,9 @@ def lens_sentences(a):
     uniform = math.log(len(a["names"])) - a["entropy"][later]  # KL from a guess in which all are alike
     return [
         ("decodes", "the states decode to logits through the embedding matrix, the better the deeper "
-         "(rank correlation of the lens' KL with depth)", NOTES, monotone(kl), "<", -.9),
+         "(rank correlation of the lens' KL with depth)", NOTES, monotone(kl[:-1]), "<", -.9),
         ("decodes-halfway", "half of the blocks are more than halfway from a uniform guess to the end "
-         "(KL over the uniform guess')", OURS, kl[len(kl) // 2] / uniform, "<", .5),
+         "(KL over the uniform guess')", OURS, kl[(len(kl) - 1) // 2] / uniform, "<", .5),
         ("not-interpretable", "states between are not interpretable in the space of the embeddings: the "
          "nearest is neither input nor prediction (share of layers)", NOTES, strange.mean(0), ">", .5)]
 
@@ -1033,7 +1038,7 @@ class Blocks(Look):
             ("none-needed", "the answer survives without any one part (an intervention; least over all "
              "parts, 1 or 0)", NOTES + ": the role of the blocks", kept.min((0, 1)), ">", .5),
             ("none-needed-later", "it survives without any one part after the first block", OURS,
-             kept[1:].min((0, 1), initial=1), ">", .5)], arrays["model"])
+             kept[1:].min((0, 1)) if half else [], ">", .5)], arrays["model"])
 
     def draw_blocks(arrays, flags):
         what = "Which block turns the state, and does the answer survive without it?"

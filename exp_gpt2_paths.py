@@ -497,7 +497,8 @@ def reading(flags):
         own, _, held, config = taught(flags)
         ids = held[:WINDOWS, :-1].flatten().tolist()
     else:
-        (config, _), own = (trusted(read, find(flags)) for read in (read_config, read_tokenizer))
+        place = find(flags)
+        (config, _), own = (trusted(read, place) for read in (read_config, read_tokenizer))
         ids = encode(SENTENCES, own)
     given = flags.text or flags.file
     if given:
@@ -561,8 +562,8 @@ def against(x, model):
 def look(model, ids, starts, seed):
     """What all studies see of a text: tokens [T], first [T], states [L+1, T, d], final [T, d] (ln_f of
     the last), norm, what `decode` finds, cosines of h_l (and of ln_f(h_l), .._final) with embeddings."""
-    windows, T = zip(starts, [*starts[1:], len(ids)]), len(ids)
-    states = [torch.stack(forward(model.params, ids[a:b], model.config)) for a, b in windows]
+    T, windows = len(ids), ids.tensor_split(starts[1:])
+    states = [torch.stack(forward(model.params, part, model.config)) for part in windows]
     states = torch.cat(states, 1)
     final = final_norm(model.params, states, model.config)
     found = {"tokens": ids, "states": states, "final": final[-1], "norm": states.norm(dim=-1)}
@@ -657,9 +658,9 @@ class Paths(Look):
 
     def measure(model, seen, flags):
         E = model.params["wte.weight"]
-        every = bases(E)
-        kept = torch.stack([b.variance / b.variance.sum() for b in every.values()])
-        tokens, states = (coordinates(x, every["raw"], 2) for x in (E, seen["states"]))
+        every = [basis_of(E, mode) for mode in MODES]
+        kept = torch.stack([b.variance / b.variance.sum() for b in every])
+        tokens, states = (coordinates(x, every[0], 2) for x in (E, seen["states"]))
         return {"pca_tokens": tokens, "pca_states": states, "explained": kept,
                 "three": kept[-1, :3].sum(), "square": (tokens.abs() <= 1).all(1).double().mean()}
 
@@ -732,19 +733,19 @@ MODES = "raw", "on x", "on dim"  # how embeddings are scaled for a PCA
 
 Basis = namedtuple("Basis", "scaled mean axes variance")  # of a PCA: a function, [d], [d, d], [d]
 
-def bases(E):
-    """{mode: Basis} of embeddings [V, d], in float64: raw, each row divided by its norm (on x), or each
+def basis_of(E, mode):
+    """The Basis of embeddings [V, d], in float64: raw, each row divided by its norm (on x), or each
     dimension by its standard deviation (on dim). Each axis' largest entry is positive."""
-    found, deviation = {}, E.double().std(0, correction=0).clamp(min=1e-15)
-    ways = torch.Tensor.double, lambda x: F.normalize(x, dim=-1).double(), lambda x: x / deviation
-    for mode, scaled in zip(MODES, ways):
-        x = scaled(E)
-        mean = x.mean(0)
-        variance, axes = torch.linalg.eigh(x.T @ x / len(x) - mean[:, None] * mean)
-        axes = axes.flip(1) * axes.flip(1).gather(0, axes.flip(1).abs().argmax(0, keepdim=True)).sign()
-        found[mode] = Basis(scaled, mean, axes, variance.flip(0).clamp(min=0))
-        del x  # not two of them in memory
-    return found
+    size = torch.ones(E.shape[1]).double()
+    if mode == "on dim":
+        size = E.double().std(0, correction=0).clamp(min=1e-15)
+    scaled = lambda x: (F.normalize(x, dim=-1) if mode == "on x" else x) / size
+    x = scaled(E)
+    mean = x.mean(0)
+    variance, axes = torch.linalg.eigh(x.T @ x / len(x) - mean[:, None] * mean)
+    variance, axes = variance.flip(0).clamp(min=0), axes.flip(1)
+    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+    return Basis(scaled, mean, axes, variance)
 
 def coordinates(x, basis, k=None):
     """[.., k] of x [.., d] in a basis of the embeddings, as they would be if x were one of them."""
@@ -768,20 +769,21 @@ class Plane(Look):
     def measure(model, seen, flags):
         E, W = model.params["wte.weight"], unembedding(model.params)
         states = seen["states"]
-        basis, later = bases(E)["raw"], ~seen["first"]
+        basis, later = basis_of(E, "raw"), ~seen["first"]
         kept = basis.variance / basis.variance.sum()
         k = int((kept.cumsum(0) < .9).sum()) + 1
         shares = torch.cat([Plane.outside(x, basis)[:, k] for x in E.split(4096)])
         fitted = coordinates(states[-1][later][::2], basis)[:, 2:]
         up = basis.axes[:, 2:] @ torch.linalg.eigh(fitted.T @ fitted).eigenvectors[:, -1]
-        up = up * ((states[-1] - basis.mean) @ up).median().sign()
+        centred = states - basis.mean
+        up = up * (centred[-1] @ up).median().sign()
         frame = torch.cat([basis.axes[:, :2], up[:, None]], 1)
-        path = (states - basis.mean) @ frame
+        path = centred @ frame
         beyond = [Plane.outside(x, basis) for x in states]
         found = {"outside": torch.stack([x[later].median(0).values for x in beyond]), "kept": kept,
                  "beyond": beyond[-1][:, k], "limit": shares.quantile(.95),
                  "plane_states": path, "plane_tokens": (E - basis.mean) @ frame,
-                 "above": path[..., 2].square() / (states - basis.mean).square().sum(-1)}
+                 "above": path[..., 2].square() / centred.square().sum(-1)}
         u = F.normalize(W[seen["predicted"]] - W.mean(0), dim=-1)
         amount = (seen["final"] * u).sum(-1, keepdim=True)
         random = F.normalize(torch.randn(u.shape, generator=common.generator(flags.seed, "way")), dim=-1)
@@ -839,8 +841,7 @@ class Sphere(Look):
 
     def measure(model, seen, flags):
         E, i = model.params["wte.weight"], flags.token
-        every = bases(E)
-        ways = [every[way] for way in Sphere.WAYS]
+        ways = [basis_of(E, way) for way in Sphere.WAYS]
         ball = lambda x: torch.stack([F.normalize(coordinates(x, b, 3), dim=-1) for b in ways])
         def angle(k):
             last, red = (coordinates(x, ways[0], k) for x in (seen["states"][-1], E[seen["predicted"]]))
@@ -1006,7 +1007,7 @@ class Blocks(Look):
     def measure(model, seen, flags):
         params, config, W = model.params, model.config, unembedding(model.params)
         first, added = seen["first"].nonzero()[:, 0].tolist(), defaultdict(list)
-        windows = [seen["tokens"][a:b] for a, b in zip(first, [*first[1:], None])]
+        windows = seen["tokens"].tensor_split(first[1:])
         def end(patch):
             states = [forward(params, ids, config, patch)[-1] for ids in windows]
             return (final_norm(params, torch.cat(states), config) @ W.T).log_softmax(-1)
@@ -1014,6 +1015,7 @@ class Blocks(Look):
             added[name].append(x)
             return x
         whole, rows = end(keep), defaultdict(list)
+        p = whole.exp()
         toward = (W[seen["predicted"]] - W.mean(0)) * params["ln_f.weight"]
         scale = (seen["states"][-1].var(-1, correction=0) + config.eps).sqrt()
         for l, state in enumerate(seen["states"][:-1]):
@@ -1023,7 +1025,7 @@ class Blocks(Look):
                 rows["turn"].append(cosine(state, state + x).clamp(-1, 1).acos().rad2deg())
                 rows["push"].append(((x - x.mean(-1, keepdim=True)) * toward).sum(-1) / scale)
                 rows["kept"].append(log.argmax(-1) == seen["predicted"])
-                rows["lost"].append((whole.exp() * (whole - log)).sum(-1))
+                rows["lost"].append((p * (whole - log)).sum(-1))
                 state = state + x
         return {k: torch.stack(x).unflatten(0, (-1, 2)) for k, x in rows.items()}
 
@@ -1104,7 +1106,7 @@ class TrainMini(Look):
         if len(common.groups_of_runs(flags)) > 1:
             raise common.Stop("--sweep numbers alone (lr, weight_decay): other shapes are another run")
         if not flags.plot_only:
-            lesson(flags.file, flags.merges, flags.context)
+            taught(flags)
 
     def bigram(learn, held, vocab):
         """Nats a token on held-out windows of what counts pairs, backed by w unigrams (the best w)."""
@@ -1117,18 +1119,17 @@ class TrainMini(Look):
     def compute(flags, folder):
         groups = common.groups_of_runs(flags)
         group, = common.train(groups, folder, start, step_of, evaluate_of, constants)
-        curve, bigram = group.metrics["eval_loss"], []
+        own, learn, held, _ = taught(flags)
+        curve, bigram = group.metrics["eval_loss"], TrainMini.bigram(learn, held, len(own.ids))
         values = defaultdict(lambda: np.full(len(group.runs), np.nan))
         for r, run in enumerate(group.runs):
-            own, learn, held, _ = taught(run)
-            bigram.append(TrainMini.bigram(learn, held, len(own.ids)))
             if np.isfinite(curve[-1, r]):  # not diverged, not stopped
                 model = model_of(run, common.run_of(group.params, r))
                 ids, starts = held[:WINDOWS, :-1].flatten(), range(0, WINDOWS * run.context, run.context)
                 seen = {k: np.asarray(x) for k, x in look(model, ids, [*starts], run.seed).items()}
                 for id, _, _, x, *_ in path_sentences(seen) + lens_sentences(seen):
                     values[id][r] = np.median(x)
-        return {**values, "loss": curve[-1], "bigram": bigram, "eval_loss": curve,
+        return {**values, "loss": curve[-1], "bigram": [bigram] * len(curve[-1]), "eval_loss": curve,
                 "eval_step": group.metrics["eval_step"]}
 
     def claims(arrays, say):

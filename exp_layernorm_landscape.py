@@ -1427,8 +1427,9 @@ class Clusters(common.Study):
         if {*flags.given}.isdisjoint(("modulus", "sparsity", "sweep")):
             tuned = [replace(run, source=source, **child) for source, (_, child) in TUNED.items()
                      for run in whole.runs[:flags.runs]]
-            trained += common.train([tuned], folder / "finetune", begin, *law)
-        arrays = Clusters.collect(trained) | {f"frame_{k}": x for k, x in whole.snapshots.items()}
+            more = Clusters.collect(common.train([tuned], folder / "finetune", begin, *law))
+            arrays = {k: np.concatenate([x, more[k]]) for k, x in arrays.items()}
+        arrays |= {f"frame_{k}": x for k, x in whole.snapshots.items()}
         return arrays | {"eval_step": whole.metrics["eval_step"]}
 
     def claims(arrays, say):

@@ -8,7 +8,6 @@ two different computations would mean nothing. Then they alternate, in one proce
 of the machine hits both. A ratio is the median over these pairs, in brackets the lowest and the highest. Compile
 seconds are those of an empty compiler cache, which is what a first run costs; later runs start from the cache."""
 import argparse
-import contextlib
 import datetime
 import itertools
 import os
@@ -49,15 +48,6 @@ def clock(f, *arguments):
     return time.perf_counter() - start
 
 
-def compiled(Fused, *arguments, **options):
-    """Fused(*arguments), compiled from scratch."""
-    with fresh_cache(), contextlib.redirect_stdout(None):
-        fused = Fused(*arguments, **options)
-    if not fused.compiled:
-        raise SystemExit(f"no ratio without a compiler: {fused.why}")
-    return fused
-
-
 def agree(name, notebook, ours, tolerance=1e-4):
     """Abort unless the first three steps of every run have the same losses in both."""
     a, b = notebook(3), ours(3)
@@ -66,22 +56,12 @@ def agree(name, notebook, ours, tolerance=1e-4):
         raise SystemExit(f"{name}: the losses of notebook and ours differ by {gap:.2g}\n{a}\n{b}")
 
 
-def update(optimiser, loss, clip=None):
+def update(optimiser, loss):
     """What a notebook does with a loss."""
     optimiser.zero_grad()
     loss.backward()
-    if clip:
-        nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], clip)
     optimiser.step()
     return loss.item()
-
-
-def row(name, runs, notebook, fused, draw, repeats, seconds, checked=False):
-    """One line of the table. notebook(n): losses [n, R] of n steps of each run; draw(n): data [n, R, ..] for fused."""
-    ours = lambda n: fused(draw(n))["loss"]
-    if not checked:
-        agree(name, notebook, ours)
-    return line(name, runs, in_turns(notebook, ours, common.CHUNK, repeats, seconds), fused.compile_seconds)
 
 
 def in_turns(notebook, ours, chunk, repeats, seconds):
@@ -516,21 +496,6 @@ class GPT2Model(nn.Module):
         return self.ln_f(h) @ self.wte.weight.T
 
 
-class Clipped(torch.optim.AdamW):
-    """AdamW as the mini is trained: gradients of at most 1, a rate that rises and falls."""
-
-    def __init__(self, flags, *a, **more):
-        super().__init__(*a, **more)
-        self.flags, self.count = flags, 0
-
-    def step(self):
-        group, = self.param_groups
-        torch.nn.utils.clip_grad_norm_(group["params"], 1.)
-        group["lr"] = self.flags.lr * float(exp_gpt2.schedule(torch.tensor(self.count), self.flags.steps))
-        self.count += 1
-        super().step()
-
-
 def mini_row(name, repeats, seconds, compile):
     study = exp_gpt2.TrainMini
     flags = exp_gpt2.Flags(**study.defaults | dict(runs=1), room=study, device="cpu")
@@ -546,7 +511,12 @@ def mini_row(name, repeats, seconds, compile):
 
     def drawn(run, t):
         return rows_at(house.integers(house.key(torch.tensor(0), 0, torch.tensor(t)), most, flags.batch))
-    optimiser = Clipped(flags, model.parameters(), weight_decay=flags.weight_decay, betas=(.9, .99))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=flags.lr, weight_decay=flags.weight_decay, betas=(.9, .99))
+    rate = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda t: float(exp_gpt2.schedule(torch.tensor(t), flags.steps)))
+    def clip(*_):
+        nn.utils.clip_grad_norm_(model.parameters(), 1.)
+    optimiser.register_step_pre_hook(clip)
+    optimiser.register_step_post_hook(lambda *_: rate.step())
     return house_row(name, repeats, seconds, [flags], [model], loss_of, drawn, exp_gpt2.start, exp_gpt2.step_of(flags),
                      exp_gpt2.constants, [optimiser], compile=compile)
 

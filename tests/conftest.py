@@ -18,7 +18,7 @@ import common_v1
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["exp_addition", "exp_gpt2_paths", "exp_iteration_head", "exp_layernorm_landscape",
            "exp_ngram_superposition"]  # those that stand on the new common.py
-TRAINS = {"exp_gpt2_paths": "--study train-mini"}  # where the default study looks at one model
+TRAINS = dict.fromkeys(SCRIPTS, "") | {"exp_gpt2_paths": "--study train-mini"}  # its default study looks at one model
 STUDIES = [(name, study) for name in SCRIPTS for study in importlib.import_module(name).STUDIES]
 
 
@@ -48,6 +48,25 @@ def run(exp, line, path=None):
     """The exit status of a command line of a script."""
     words = line.split() if isinstance(line, str) else line
     return common.main(exp.Flags, exp.STUDIES, [*words, *(["--out", str(path)] if path else [])])
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """refused(script, line): the one line with which a command line ends that writes nothing."""
+    def ends(exp, line):
+        monkeypatch.chdir(tmp_path)
+        assert run(exp, line) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and not list(tmp_path.iterdir())
+        return error
+    return ends
+
+
+def judged(study, arrays):
+    """{id: holds} of a study's claims on arrays."""
+    found = []
+    study.claims(arrays, lambda *words: found.append(common.judge(*words)))
+    return {claim["id"]: claim["holds"] for claim in found}
 
 
 def ledger(experiment, study, is_default=False):

@@ -49,7 +49,8 @@ sys.exit(status)
 
 
 def child(script, path, at=None, *more):
-    line = [*"--smoke --steps 230 --snapshots --compile off --save-every 0 --block 2 --out".split(), str(path), *TRAINS.get(script, "").split(), *more]
+    line = [*"--smoke --steps 230 --snapshots --compile off --save-every 0 --block 2 --out".split(), str(path),
+            *TRAINS[script].split(), *more]
     code = CHILD.format(root=str(ROOT), at=at, script=script, line=line)
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
 

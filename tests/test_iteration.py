@@ -10,7 +10,7 @@ import torch
 
 import common
 import exp_iteration_head as exp
-from conftest import ledger, run
+from conftest import judged, ledger, run
 
 torch.set_num_threads(1)
 
@@ -385,12 +385,6 @@ def settings(study, **more):
         k: (np.zeros(len(runs)) + value if np.ndim(value) == 0 else value) for k, value in more.items()}
 
 
-def verdicts(room, arrays):
-    found = []
-    room.claims(arrays, lambda *words: found.append(common.judge(*words)))
-    return {c["id"]: c["holds"] for c in found}
-
-
 def test_holes_are_a_rate_with_its_interval():
     room, _ = settings("base")
     def hole_of(good, runs):
@@ -399,7 +393,7 @@ def test_holes_are_a_rate_with_its_interval():
         arrays = dict(accuracy=np.ones(runs), peak_second=np.ones(runs), peak_first=np.ones(runs), right=right,
                       looks=np.ones((runs, 3, 4)), eval_step=np.tile([0., 1.], (runs, 1)), eval_peak_second=np.ones((runs, 2)),
                       eval_accuracy=np.ones((runs, 2)))
-        return verdicts(room, arrays)["holes"]
+        return judged(room, arrays)["holes"]
     assert hole_of(8, 8) is True and hole_of(6, 8) is None and hole_of(0, 8) is False
     assert hole_of(30, 40) is True and hole_of(12, 40) is False
 
@@ -413,8 +407,8 @@ def test_what_still_rises_has_no_vote():
     n = len(arrays["seed"])
     flat = arrays | dict(eval_step=np.tile([1., 10., 100., 1000.], (n, 1)), eval_accuracy=np.tile([0, .4, .5, .5], (n, 1)))
     rising = flat | dict(eval_accuracy=np.tile([0, .2, .3, .5], (n, 1)))
-    assert verdicts(room, flat)["one-layer-parity"] is True and verdicts(room, flat)["no-chain-parity"] is False
-    assert set(verdicts(room, rising).values()) == {None}
+    assert judged(room, flat)["one-layer-parity"] is True and judged(room, flat)["no-chain-parity"] is False
+    assert set(judged(room, rising).values()) == {None}
 
 
 def test_reach_is_on_a_line_between_evaluations():
@@ -443,11 +437,11 @@ def test_scaling_judges_the_exponents_and_the_rule():
     planted = dict(accuracy=np.where(right, 1., .3), reach=np.where(right, 100 * n * d ** -.5 * b ** -.5 * noise, math.inf),
                    weight_second=1 - .01 * n * noise / d / b ** .1, eval_step=np.tile([1., 10.], (len(n), 1)),
                    eval_accuracy=np.tile(np.where(right, 1., .3)[:, None], (1, 2)))
-    assert all(verdicts(room, arrays | planted).values())
+    assert all(judged(room, arrays | planted).values())
     other = arrays | planted | dict(reach=planted["reach"] / n ** 2 * d, accuracy=np.where(d == 8, 1., .3))
-    found = verdicts(room, other)
+    found = judged(room, other)
     assert found["capacity-fits"] is False and found["capacity-beyond"] is None
-    assert verdicts(room, arrays | planted | dict(accuracy=np.ones(len(n))))["capacity-beyond"] is False
+    assert judged(room, arrays | planted | dict(accuracy=np.ones(len(n))))["capacity-beyond"] is False
 
 
 @pytest.mark.parametrize("study", [common.study_name(s.__name__) for s in exp.STUDIES])
@@ -469,7 +463,7 @@ def test_the_ledger_holds_what_the_code_claims(study):
             return np.zeros((n, M)) if k.startswith("eval_") else np.zeros(shapes.get(k, n))
     arrays = Zeros(arrays)
     with np.errstate(all="ignore"):
-        assert [*found] == [*verdicts(room, arrays)]
+        assert [*found] == [*judged(room, arrays)]
 
 
 @pytest.mark.parametrize("line, words", [

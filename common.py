@@ -386,6 +386,16 @@ def to(at, x):
     """A copy of a nested dict on a device."""
     return tree_map(lambda t: t.to(at, copy=True), x)
 
+def captured(f, warm_up):
+    """f as one CUDA graph on the memory that it works on, after warm_up(3)."""
+    cuda.synchronize()
+    with cuda.stream(cuda.Stream()):  # autotuning and workspaces: not while capturing
+        warm_up(3)
+    graph = cuda.CUDAGraph()
+    with cuda.graph(graph):  # it waits for the card
+        f()
+    return graph.replay
+
 class Program:
     """The step of one run, step(state, number) -> (state, logs), as the step of a block: vmapped,
     compiled, on CUDA captured; the state is updated in place, logs go to buffers on the device.
@@ -421,31 +431,21 @@ class Program:
     def compile(self):
         """Compile the step and, on CUDA, capture it; returns why that failed, or nothing."""
         eager = self.update
-        # random numbers stay in a buffer (else each kernel hashes them again and takes long to compile),
-        # but a tiny step is one kernel;
-        # instruction sets are believed to be there (ten seconds of tests), else tested after all
+        # random numbers stay in a buffer (else each kernel hashes them again), but a tiny step is one
+        # kernel; instruction sets are believed to be there (ten seconds of tests), else tested after all
         for believed in True, None:
             torch._dynamo.reset()  # else the ninth program of a process is a version of the first
             try:  # dynamic=False: all blocks go through the same kernels
                 self.update = torch.compile(eager, fullgraph=True, dynamic=False, options={
                     "realize_opcount_threshold": 100 if self.tiny else 8, "cpp.vec_isa_ok": believed})
-                self.capture() if self.row.is_cuda else self.trial(1)
+                self.trial(1)
+                self.once = captured(self.once, self.trial) if self.row.is_cuda else self.once
                 return
             except Exception as error:  # no compiler, a full disk, ...: eager is always right
                 if NOW.asked:  # Ctrl-C reached the compiler, too: that decides nothing
                     raise KeyboardInterrupt
                 self.update, why = eager, f"{type(error).__name__}: {error}"
         return f"compiling failed: {why}".splitlines()[0][:140]
-
-    def capture(self):
-        """One CUDA graph of the compiled step."""
-        cuda.synchronize()
-        with cuda.stream(cuda.Stream()):  # autotuning and workspaces: not while capturing
-            self.trial(3)
-        graph = cuda.CUDAGraph()
-        with cuda.graph(graph):  # it waits for the card
-            self.once()
-        self.once = graph.replay
 
     def __call__(self, steps):
         """Make at most READ steps; returns their logs {name: [B, steps, ...]} on the CPU."""

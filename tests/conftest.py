@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 import common
-import common_v1
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["exp_addition", "exp_gpt2_paths", "exp_iteration_head", "exp_layernorm_landscape",
-           "exp_ngram_superposition"]  # those that stand on the new common.py
-TRAINS = dict.fromkeys(SCRIPTS, "") | {"exp_gpt2_paths": "--study train-mini"}  # its default study looks at one model
+SCRIPTS = ["exp_addition", "exp_esn_genetic", "exp_gpt2_paths", "exp_iteration_head", "exp_layernorm_landscape",
+           "exp_ngram_superposition"]
+LEARN = [name for name in SCRIPTS if name != "exp_esn_genetic"]  # by gradients, with common.train
+TRAINS = {name: "--steps 230 --block 2 --snapshots" for name in LEARN} | {"exp_esn_genetic": "--steps 4"}
+TRAINS["exp_gpt2_paths"] += " --study train-mini"  # its default study looks at one model
 STUDIES = [(name, study) for name in SCRIPTS for study in importlib.import_module(name).STUDIES]
 
 
@@ -85,40 +86,17 @@ def ledger(experiment, study, is_default=False):
 
 @contextlib.contextmanager
 def interrupted(after):
-    """Ctrl-C after so many readings of the logs."""
-    real, calls = common.Program.__call__, []
+    """Ctrl-C after so many readings of the logs, or generations."""
+    calls = []
 
-    def call(self, steps):
-        calls.append(steps)
-        if len(calls) == after:
-            os.kill(os.getpid(), 2)
-        return real(self, steps)
+    def counted(real):
+        def call(*args):
+            calls.append(args)
+            if len(calls) == after:
+                os.kill(os.getpid(), 2)
+            return real(*args)
+        return call
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common.Program, "__call__", call)
+        for owner, name in (common.Program, "__call__"), (importlib.import_module("exp_esn_genetic"), "step"):
+            patch.setattr(owner, name, counted(getattr(owner, name)))
         yield calls
-
-
-# ---- the first edition, until its last script has moved --------------------------------------------------------------
-
-@contextlib.contextmanager
-def stopped(when):
-    """Ctrl-C just before the first checkpoint of which when(step) is true."""
-    checkpoint = common_v1.Folder.checkpoint
-
-    def asked(self, fused, step, *rest, **more):
-        self.stop["asked"] |= when(step)
-        return checkpoint(self, fused, step, *rest, **more)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common_v1.Folder, "checkpoint", asked)
-        yield
-
-
-def cut(main, line, when, path):
-    """Whether a run that is stopped and resumed leaves the same bits as one in one piece; with the steps of its first part."""
-    whole, halves = (path / name for name in ("whole", "cut"))
-    assert main([*line, "--out", str(whole)]) == 0
-    with stopped(when):
-        assert main([*line, "--out", str(halves)]) == 130
-    first = len(np.load(next(halves.rglob("metrics.npz")))["loss"])
-    assert main([*line, "--out", str(halves), "--resume"]) == 0
-    return alike(whole, halves), first

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import common
-from conftest import ROOT, SCRIPTS, STUDIES, TRAINS, alike, arrays_of, interrupted, run
+from conftest import LEARN, ROOT, STUDIES, TRAINS, alike, arrays_of, interrupted, run
 
 IDS = [f"{name[4:]}-{common.study_name(study.__name__)}" for name, study in STUDIES]
-QUICK = "--smoke --compile off --save-every 0 --steps 230"
-LONGEST = {"exp_gpt2_paths": 750}  # lines of a fork with the first study
+QUICK = "--smoke --compile off --save-every 0"
+LONGEST = {"exp_gpt2_paths": 750, "exp_esn_genetic": 600}  # lines of a fork with the first study
 
 
 @pytest.mark.parametrize("name, study", STUDIES, ids=IDS)
@@ -68,7 +68,7 @@ def test_runs_are_alike_alone_and_in_company(exp, tmp_path):
 
 
 def test_an_interrupted_run_draws_marks_and_resumes_with_the_same_bits(exp, tmp_path, capsys):
-    line = f"{QUICK} {TRAINS[exp.__name__]} --block 2 --runs 3 --snapshots"
+    line = f"{QUICK} {TRAINS[exp.__name__]} --runs 3"
     assert run(exp, line, tmp_path / "whole") == 0
     with interrupted(after=5):
         assert run(exp, line, tmp_path / "cut") == 130
@@ -78,12 +78,14 @@ def test_an_interrupted_run_draws_marks_and_resumes_with_the_same_bits(exp, tmp_
     assert not all(r["finished"] for r in rows) and not any(r["diverged"] for r in rows)
     assert run(exp, line, tmp_path / "cut") == 2 and "--resume" in capsys.readouterr().err
     assert run(exp, f"{line} --resume", tmp_path / "cut") == 0
-    assert alike(tmp_path / "whole", tmp_path / "cut") and not list((tmp_path / "cut").glob("block*"))
+    assert alike(tmp_path / "whole", tmp_path / "cut")
+    assert exp.__name__ not in LEARN or not list((tmp_path / "cut").glob("block*"))
 
 
-def test_compiled_is_eager(exp, tmp_path):
+@pytest.mark.parametrize("name", LEARN)
+def test_compiled_is_eager(name, tmp_path):
     """To rounding; and one compiled run is alike in two folders."""
-    line = f"--smoke --runs 1 --steps 12 --block 1 {TRAINS[exp.__name__]}"
+    exp, line = importlib.import_module(name), f"--smoke {TRAINS[name]} --runs 1 --steps 12 --block 1"
     assert run(exp, f"{line} --compile off", tmp_path / "eager") == 0
     assert run(exp, f"{line} --compile on", tmp_path / "compiled") == 0
     assert common.read(tmp_path / "compiled/config.json")["flags"]["steps"] == 12
@@ -98,15 +100,15 @@ def test_compiled_is_eager(exp, tmp_path):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("--lrr 1", "unknown flag --lrr; did you mean --lr?"), ("--steps x", "'x' is not int from 1"), ("--steps 0", "from 1"),
-    ("--steps 1e-3", "not int"), ("--steps nan", "not int"), ("--lr nan", "not float"), ("--lr 1e999", "not float"),
-    ("--resume True", "no flag takes True"), ("--smoke=1", "ignored explicit argument"), ("--lr", "expected one argument"),
+    ("--lrr 1", "unknown flag --lrr; did you mean --"), ("--steps x", "'x' is not int from 1"), ("--steps 0", "from 1"),
+    ("--steps 1e-3", "not int"), ("--steps nan", "not int"), ("--FLOAT nan", "not float"), ("--FLOAT 1e999", "not float"),
+    ("--resume True", "no flag takes True"), ("--smoke=1", "ignored explicit argument"), ("--FLOAT", "expected one argument"),
     ("--study nonsense", "choose from"), ("--device nonsense", "choose from"), ("--device cuda", "sees none"),
-    ("--sweep seed=1,2", "not a field to sweep"), ("--sweep lr=1 lr=2", "each field once"), ("--sweep lr", "is not float"),
-    ("--sweep lr=1,x", "'x' is not float"), ("--figures nonsense", "draws"), ("--plot-only", "cannot read"),
+    ("--sweep seed=1,2", "not a field to sweep"), ("--sweep FLOAT=1 FLOAT=2", "each field once"), ("--sweep FLOAT", "is not float"),
+    ("--sweep FLOAT=1,x", "'x' is not float"), ("--figures nonsense", "draws"), ("--plot-only", "cannot read"),
     ("--out /dev/null/x", "cannot read or write"), ("--name ../x", "one folder"), ("--seed -1", "from 0")])
 def test_bad_flags_are_one_line_and_nothing_is_written(exp, line, words, refused):
-    assert words in refused(exp, line)
+    assert words in refused(exp, line.replace("FLOAT", "lr" if exp.__name__ in LEARN else "leak"))
 
 
 def test_help_shows_the_question_the_studies_and_every_flag(exp, capsys):
@@ -123,7 +125,10 @@ def test_documented_commands_parse(exp):
     commands = re.findall(rf"(?m)^\s*(?:\S+/)?python3? {exp.__name__}\.py(.*?)(?:\s{{2,}}.*|\s+#.*)?$", text)
     assert len(commands) >= 3
     for command in commands:
-        common.cli(exp.Flags, exp.STUDIES, shlex.split(command))
+        try:
+            common.cli(exp.Flags, exp.STUDIES, shlex.split(command))
+        except common.Stop as stop:  # it reads what an earlier command writes
+            assert "No such file" in str(stop)
 
 
 FAKE = """
@@ -213,7 +218,7 @@ for study in exp.STUDIES:
 
 
 @pytest.mark.parametrize("plant", [False, True], ids=["as it is", "negative control"])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", LEARN)
 def test_nothing_of_a_step_is_on_the_cpu(script, plant):
     """Every study's step and evaluation on a device that has no kernels; the control plants a CPU tensor."""
     code = FAKE.format(script=script, plant=plant)

@@ -39,9 +39,10 @@ def counted(kind, f):
             os.kill(os.getpid(), signal.SIGKILL)
         return f(*args, **more)
     return g
-for kind, owner, name in ("stepping", common.Program, "__call__"), ("writing", Path, "replace"), ("drawing", Figure, "savefig"):
-    setattr(owner, name, counted(kind, getattr(owner, name)))
 script = importlib.import_module({script!r})
+loop = (script, "step") if hasattr(script, "step") else (common.Program, "__call__")
+for kind, owner, name in ("stepping", *loop), ("writing", Path, "replace"), ("drawing", Figure, "savefig"):
+    setattr(owner, name, counted(kind, getattr(owner, name)))
 status = common.main(script.Flags, script.STUDIES, {line!r})
 print("calls", json.dumps(calls), flush=True)
 sys.exit(status)
@@ -49,8 +50,7 @@ sys.exit(status)
 
 
 def child(script, path, at=None, *more):
-    line = [*"--smoke --steps 230 --snapshots --compile off --save-every 0 --block 2 --out".split(), str(path),
-            *TRAINS[script].split(), *more]
+    line = [*"--smoke --compile off --save-every 0 --out".split(), str(path), *TRAINS[script].split(), *more]
     code = CHILD.format(root=str(ROOT), at=at, script=script, line=line)
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
 

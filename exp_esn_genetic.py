@@ -294,8 +294,8 @@ def mutate(genes, flags, generator):
         is_one = lambda name: torch.tensor([k == name for k in kinds])[kind] & (edit < count)
         toggle, rewire = is_one("toggle"), is_one("rewire")
         appears = torch.rand(M, generator=generator) < .5
-        change, new = flags.sigma * torch.randn(M, generator=generator), new_values(flags, (M,), generator)
-        value = flat[every, old]
+        change = flags.sigma * torch.randn(M, generator=generator)
+        value, new = flat[every, old], new_values(flags, (M,), generator)
         kept = torch.where(is_one("flip"), -value, value)
         kept = torch.where(is_one("gauss"), (value + change).clamp(-1, 1), kept)
         kept[(toggle & ~appears) | (rewire & room)] = 0.
@@ -968,9 +968,9 @@ class InputScaling(AnyTask):
         for name in "ring", "chain":
             gain = arrays["better"][:, None] * (arrays[name] - arrays["scaled"])
             for i, size in enumerate(InputScaling.SCALES):
-                mine = pick(arrays, input_scaling=size)
                 judge(say, f"{name}-{size}", f"input scaling {size}: a {name} is better than the "
-                      "champion of a search there (gain)", OURS, gain[mine, i])
+                      "champion of a search there (gain)", OURS,
+                      gain[pick(arrays, input_scaling=size), i])
 
     def draw_scaling(arrays, flags):
         if not arrays:
@@ -1005,7 +1005,7 @@ class Tasks(AnyTask):
 
     def relative(arrays, a, j):
         """[n] gain of the champions of task a on task j, as a share of what nothing selected has."""
-        mine, way = pick(arrays, task=a), 1 if j == 0 else -1  # memory is the first
+        mine, way = pick(arrays, task=a), -1 if j else 1  # memory is the first
         plain = arrays["plain"][mine, j]
         return way * (arrays["transfer"][mine, j] - plain) / np.abs(plain)
 

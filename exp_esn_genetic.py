@@ -16,6 +16,7 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from time import perf_counter
 from typing import Literal
 
 import numpy as np
@@ -62,9 +63,9 @@ class Flags(common.Flags):
     raw: bool = flag(False, "no rescaling: genes times --radius / sqrt(N --density)")
     leak: float = flag(1., "a, share of a state that is renewed", 0, 1)
     input_scaling: float = flag(0., "largest |W_in|, which is uniform (0: the task's own)", 0)
-    ridge: float = flag(1e-8, "penalty of squared readout weights, added to a sum over --train", 0)
+    ridge: float = flag(1e-8, "penalty of squared readout weights, added to a sum over --fit", 0)
     washout: int = flag(200, "time steps before the readout is fitted", 0)
-    train: int = flag(1000, "time steps that it is fitted to", 2)
+    fit: int = flag(1000, "time steps that it is fitted to", 2)
     test: int = flag(1000, "time steps that it is scored on", 2)
     lag: int = flag(0, "memory: longest delay (0: 2 N); forecasts: samples ahead (0: the task's own)", 0)
     weights: str = flag("", "score: npz file with W [N, N] or [M, N, N], and perhaps W_in [M, N]")
@@ -74,12 +75,12 @@ class Flags(common.Flags):
             raise common.Stop(f"--study {self.study} knows --task {', '.join(self.room.tasks)} alone")
         if self.elites >= self.population or self.tournament > self.population:
             raise common.Stop("--elites must be below, --tournament at most --population")
-        if self.genotype == "indegree" and (self.inputs > self.n_units
-                                            or self.crossover not in ("row", "none")):
-            raise common.Stop("--genotype indegree: --inputs at most --n-units, --crossover row or none")
+        if self.inputs > self.n_units and self.genotype == "indegree":
+            raise common.Stop("--inputs must be at most --n-units")
+        if self.crossover not in ("row", "none") and self.genotype in ("indegree", "circulant"):
+            raise common.Stop(f"--genotype {self.genotype} has --crossover row or none")
         if self.mutation not in ("mixed", *KINDS[self.genotype]):
-            raise common.Stop(f"--genotype {self.genotype} has --mutation mixed, "
-                              f"{', '.join(KINDS[self.genotype])}")
+            raise common.Stop(f"--genotype {self.genotype} has no --mutation {self.mutation}")
 
     @property
     def better(self):
@@ -109,10 +110,14 @@ def seeds_of(flags, which):
 def data(flags, seeds):
     """Of every seed: W_in [S, N] in float32, u [S, T] and targets y [S, T, K] in float64."""
     law, _, lag = flags.room.tasks[flags.task]
-    N, T = flags.n_units, flags.washout + flags.train + flags.test
-    own = [flags.seed] * len(seeds) if flags.w_in == "fixed" else seeds
-    w_in = torch.stack([torch.rand(N, generator=common.generator(seed, "w_in")) for seed in own])
-    return (2 * w_in - 1) * size_of_w_in(flags), *law(seeds, T, flags.lag or lag or 2 * N)
+    T = flags.washout + flags.fit + flags.test
+    return w_in_of(flags, seeds), *law(seeds, T, flags.lag or lag or 2 * flags.n_units)
+
+
+def w_in_of(flags, seeds):
+    """Uniform W_in [S, N] of seeds."""
+    draws = [torch.rand(flags.n_units, generator=common.generator(seed, "w_in")) for seed in seeds]
+    return (2 * torch.stack(draws) - 1) * size_of_w_in(flags)
 
 
 def size_of_w_in(flags):
@@ -142,16 +147,16 @@ def new_values(flags, shape, generator):
     return {"mask": torch.ones(shape), "continuous": value}.get(flags.genotype, signs)
 
 
-def spectral_radius(W, squarings=20):
+def spectral_radius(W):
     """Largest |eigenvalue| of W [P, N, N] as |W^m|^(1/m) with m = 2^20, scaled by a power of 2 after
     each squaring; relative error up to 1e-4; exactly 0 without cycles, or where powers underflow."""
     power, log2 = W.double(), torch.zeros(len(W)).double()
     largest = lambda W: torch.linalg.vector_norm(W, math.inf, (-2, -1))
-    for k in range(squarings + 1):
+    for k in range(21):
         power = power @ power if k else power
         shift = torch.frexp(largest(power)).exponent.double()
         power, log2 = power * torch.exp2(-shift)[:, None, None], log2 + shift * .5 ** k
-    root = torch.exp2(log2 + torch.log2(largest(power)) * .5 ** squarings)
+    root = torch.exp2(log2 + torch.log2(largest(power)) * .5 ** 20)
     return torch.where(largest(power) == 0, 0., root)
 
 
@@ -162,16 +167,17 @@ def rescaled(W, radius):
 
 
 def networks(genes, flags):
-    """W [P, N, N], and W_in [P, N] or None, of genotypes."""
-    N, W, w_in = flags.n_units, genes, None
+    """W [P, N, N] and W_in [P, N] of genotypes; NaN where each seed draws its own."""
+    N, W, w_in = flags.n_units, genes, PER_SEED
+    if flags.w_in == "fixed":
+        w_in = w_in_of(flags, [flags.seed])
     if flags.w_in == "evolved":
         alike = 1. if flags.genotype == "continuous" else 3 ** -.5  # as strong as uniform numbers
         W, w_in = genes[..., :-1], genes[..., -1] * size_of_w_in(flags) * alike
     if flags.genotype == "circulant":
         W = W[:, (torch.arange(N)[:, None] - torch.arange(N)) % N, 0]  # W[i, j] = gene i - j
-    if flags.raw:
-        return W * flags.radius / math.sqrt(max(1., N * flags.density)), w_in
-    return rescaled(W, flags.radius), w_in
+    raw = W * flags.radius / math.sqrt(max(1., N * flags.density))
+    return raw if flags.raw else rescaled(W, flags.radius), w_in.expand(len(W), N)
 
 
 def advance(y, A, drive, leak, out):
@@ -186,6 +192,7 @@ def advance(y, A, drive, leak, out):
 
 
 TOGETHER = 2 ** 16  # weights that share a kernel on a CPU: they fit its second-level cache (measured)
+PER_SEED = torch.tensor([[nan]])  # a W_in of its own for no network
 BLOCK = 200         # time steps at most between two additions to the Gram matrix
 
 
@@ -205,7 +212,7 @@ def read_out(W, w_in, u, y, flags):
     """`evaluate` of networks that fit into one kernel. Readout: minimise sum (y - b - w x)^2 +
     ridge |w|^2, b free, on centred Gram matrices in float64, which grow with time block by block."""
     (c, N, _), (S, T, K), at = W.shape, y.shape, W.device
-    double, fit, end = dict(dtype=torch.float64, device=at), flags.washout, flags.washout + flags.train
+    double, fit, end = dict(dtype=torch.float64, device=at), flags.washout, flags.washout + flags.fit
     block = max(1, min(BLOCK, 2 * TOGETHER // (c * N))) if at.type == "cpu" else BLOCK
     A, shift, drive_of = (4 * W.transpose(1, 2)).contiguous(), -2 * W.sum(2)[:, None], 2 * u.T.float()
     state, x = torch.full((c, S, N), .5, device=at), torch.empty(block, c, N, **double)
@@ -261,12 +268,12 @@ def scores_of(moments, y, flags):
 
 
 def on_seeds(W, own, flags, which):
-    """Values [P, S, K] of W [P, N, N] on a set of seeds, with W_in of its own [P, N], or None: that of
-    each seed. Their sum over targets K is a network's score."""
+    """Values [P, S, K] of networks with W_in of their own [P, N] (NaN: that of each seed) on a set of
+    seeds. Their sum over targets K is a network's score."""
     seeds, values = seeds_of(flags, which), []
     for a in range(0, len(seeds), 32):  # a bound of memory
         w_in, *law = data(flags, seeds[a:a + 32])
-        values.append(evaluate(W, w_in if own is None else own[:, None], *law, flags))
+        values.append(evaluate(W, torch.where(own.isnan()[:, None], w_in, own[:, None]), *law, flags))
     return torch.cat(values, 1)
 
 # ==== Train ==========================================================================================
@@ -306,7 +313,7 @@ def mutate(genes, flags, generator):
 
 
 def cross(a, b, flags, generator):
-    """Children of parents a, b [M, N, columns]: half of the rows, columns, genes, or a block is b's."""
+    """Children of parents a, b [M, N, columns]: of rows, columns, genes, or in a block half are b's."""
     M, N, C = a.shape
     if flags.crossover == "block":
         first = lambda n: torch.randint(n, (M, 1), generator=generator)
@@ -339,53 +346,51 @@ def breed(genes, loss, flags, generator):
 def start(flags):
     """The first population, before it is scored."""
     genes = first_genes(flags, flags.population, common.generator(flags.seed, "init"))
-    return {"genes": genes, "best": genes[:0], "held_out": torch.tensor(0.), "t": 0,
-            "loss": torch.full((flags.population,), math.inf).double()}
+    return {"genes": genes, "loss": torch.empty(0).double(), "lowest": torch.tensor(nan), "t": 0}
 
 
 def step(state, flags):
-    """One generation: {genes [P, N, columns], loss [P], best [1, N, columns], held_out: its score, t} ->
-    the next one and its logs. Elites keep their losses; that of a network that failed is infinite."""
+    """One generation: {genes [P, N, columns], loss [P], of the best so far genotype, loss (lowest) and
+    held_out score, t} -> the next one and its logs. Elites keep losses; a failure's is infinite."""
     generator, genes = common.generator(flags.seed, f"generation {state['t']}"), state["genes"]
-    known = state["loss"][:0]
+    known = state["loss"]
     if state["t"]:
-        genes, elites = breed(genes, state["loss"], flags, generator)
-        known = state["loss"][elites]
+        genes, elites = breed(genes, known, flags, generator)
+        known = known[elites]
     scores = on_seeds(*networks(genes[len(known):], flags), flags, "fitness").sum(2)
     loss = torch.cat([known, -flags.better * scores.mean(1)]).nan_to_num(math.inf, math.inf)
-    best, held_out = genes[loss.argmin()][None], state["held_out"]
-    if not torch.equal(best, state["best"]):
+    state = state | {"genes": genes, "loss": loss, "t": state["t"] + 1}
+    if not loss.min() >= state["lowest"]:  # NaN at first
+        best = genes[loss.argmin()][None]
         held_out = on_seeds(*networks(best, flags), flags, "held_out").sum(2).mean()
-    state = {"genes": genes, "best": best, "held_out": held_out, "t": state["t"] + 1, "loss": loss}
-    return state, {"loss": loss.min(), "held_out": held_out}
+        state |= {"best": best, "lowest": loss.min(), "held_out": held_out}
+    return state, {"loss": state["lowest"], "held_out": state["held_out"]}
 
 
 def search(flags, path):
     """The last state of one run and the logs of its generations, from its checkpoint if there is one."""
     state, logs = common.read(path) if path.exists() else (start(flags), [])
-    done = state["t"]
+    saved_at = perf_counter()
     with common.timed("stepping"):
-        for _ in tqdm(range(done, flags.steps), path.parent.name, leave=False, disable=common.RANK > 0):
-            if common.NOW.asked:
-                break
+        for t in tqdm(range(state["t"], flags.steps), path.parent.name, leave=False,
+                      disable=common.RANK):
             state, log = step(state, flags)
             logs.append(log)
-    common.NOW.seconds["run_steps"] += state["t"] - done
-    common.write(path, (state, logs))
+            common.NOW.seconds["run_steps"] += 1
+            if common.NOW.asked or t + 1 == flags.steps or perf_counter() > saved_at + flags.save_every:
+                common.write(path, (state, logs))
+                saved_at = perf_counter()
+            if common.NOW.asked:
+                break
     return state, logs
 
 # ==== Measures =======================================================================================
 NOTES, OURS = "research notes on a genetic algorithm for W", "this project"
-OWN = [*common.fields_of(Flags)][len(common.fields_of(common.Flags)):] + ["seed"]
+OWN = [*common.fields_of(Flags)][len(common.fields_of(common.Flags)):] + ["steps", "seed"]
 REFERENCES = "ring", "chain", "random sparse, mean", "random dense, mean"  # nothing selected
 DRAWS = 8  # networks that a mean over random ones is over
 MEMORY = {"memory": (memory, .1, 0)}  # task: law, largest |W_in| and lag, unless flags say others
 T95 = [nan, nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t by count
-
-
-def final_score(W, own, flags):
-    """[P] mean scores on the final seeds of W [P, N, N]."""
-    return on_seeds(W, own, flags, "final").sum(2).mean(1)
 
 
 def cycle(N, weight):
@@ -400,7 +405,7 @@ def references(flags):
     for density in flags.density, 1.:
         own = replace(flags, genotype="gaussian", density=density, w_in="redrawn", raw=False)
         kinds.append(networks(first_genes(own, DRAWS, common.generator(0, density)), own)[0])
-    return torch.stack([on_seeds(W, None, flags, "final").mean((0, 1)) for W in kinds])
+    return torch.stack([on_seeds(W, PER_SEED, flags, "final").mean((0, 1)) for W in kinds])
 
 
 def unselected(flags):
@@ -410,9 +415,9 @@ def unselected(flags):
 
 def champions(flags, folder, more=lambda run, W, own: {}):
     """Arrays of searches, one entry a run: settings; by generation loss of the best, held_out [R, G]; of
-    the champion W [R, N, N] and final [R, S], its scores on the final seeds; unselected [R], the mean of
-    networks of its space; reference [4, K], see `references`; more(run, W, own). Each run is a job in
-    its own folder; processes share them. Where shapes differ arrays are padded with NaN."""
+    the champion W [R, N, N], W_in [R, N] (NaN: drawn for every seed) and final [R, S], its scores on the
+    final seeds; unselected [R], the mean of networks of its space; reference [4, K], see `references`;
+    more(run, W, own). A run is a job in its own folder. Where shapes differ NaN is added."""
     runs = sum(common.groups_of_runs(flags), [])
     files = [folder / f"block{i}" / "arrays.npz" for i in range(len(runs))]
     for run, file in [*zip(runs, files)][common.RANK::common.WORLD]:
@@ -423,26 +428,27 @@ def champions(flags, folder, more=lambda run, W, own: {}):
             W, own = networks(state["best"], run)
             found = {name: getattr(run, name) for name in OWN} | common.stack(logs) | more(run, W, own)
             common.write(file, found | {
-                "W": W[0], "final": on_seeds(W, own, run, "final")[0].sum(1), "better": run.better,
-                "unselected": final_score(*unselected(run), run).mean()})
+                "better": run.better, "W": W[0], "W_in": own[0],
+                "final": on_seeds(W, own, run, "final")[0].sum(1),
+                "unselected": on_seeds(*unselected(run), run, "final").sum(2).mean()})
     common.meet()
     rows = [common.read(file) if file.exists() else {} for file in files]
     for run, row in zip(runs, rows):
         loss = float(row["loss"][-1]) if row else nan
         common.NOW.rows.append((run, dict(finished=bool(row), diverged=math.isinf(loss), loss=loss)))
+    if not any(rows):  # stopped before the first was done
+        raise KeyboardInterrupt
     found = stacked([row for row in rows if row])
-    if found:
-        known = {k: found[k].T for k in ("loss", "held_out")}
-        common.write(folder / "metrics.npz", {"step": np.arange(len(known["loss"])) + 1} | known)
-        common.write(folder / "checkpoint.pt", {"params": {"W": torch.from_numpy(found["W"])}})
-        found["reference"] = references(flags)
-    return found
+    common.write(folder / "metrics.npz", {"step": np.arange(found["loss"].shape[1]) + 1,
+                                          "loss": found["loss"].T, "held_out": found["held_out"].T})
+    common.write(folder / "checkpoint.pt", {"params": {"W": torch.from_numpy(found["W"])}})
+    return found | {"reference": references(flags)}
 
 
 def stacked(rows):
     """Dicts of arrays, one a run, as {name: [R, ...]}; where shapes differ padded with NaN."""
     found = {}
-    for k in rows[0] if rows else []:
+    for k in rows[0]:
         parts = [row[k] for row in rows]
         size = np.max([part.shape for part in parts], 0)
         found[k] = np.stack([np.pad(part, [(0, int(n) - m) for n, m in zip(size, part.shape)],
@@ -461,8 +467,7 @@ def interval(x):
     n = len(x)
     if n < 5:
         return []
-    t = T95[n] if n < len(T95) else 1.96 + 2.8 / n
-    half = t * x.std(ddof=1) / math.sqrt(n)
+    half = (T95[n] if n < len(T95) else 1.96 + 2.8 / n) * x.std(ddof=1) / math.sqrt(n)
     return x.mean(), x.mean() - half, x.mean() + half
 
 
@@ -483,8 +488,7 @@ def last(x):
 
 
 def rise(arrays, key, **settings):
-    """[n] by repetition: how much better the best is in the last generation than in the first, by its
-    fitness (loss) or held-out score."""
+    """[n] by repetition: rise of the best in all generations, by loss (its fitness) or held_out."""
     x = -arrays["loss"] if key == "loss" else arrays[key] * arrays["better"][:, None]
     return (last(x) - x[:, 0])[pick(arrays, **settings)]
 
@@ -496,12 +500,9 @@ def loss_without(arrays, key, **settings):
 
 class Searched(common.Study):
     """A search, five repetitions of each configuration, on the task memory; arrays: see `champions`."""
-    tasks, defaults = MEMORY, dict(runs=5)
-    smoke = dict(n_units=8, population=4, steps=2, runs=1, washout=30, train=60, test=40, final_seeds=2,
+    tasks, defaults, compute = MEMORY, dict(runs=5), champions
+    smoke = dict(n_units=8, population=4, steps=2, runs=1, washout=30, fit=60, test=40, final_seeds=2,
                  fitness_seeds=2, held_out_seeds=2)
-
-    def compute(flags, folder):
-        return champions(flags, folder)
 
 # ==== What figures share =============================================================================
 def labels(arrays):
@@ -546,16 +547,13 @@ def curves(ax, x, names, ylabel):
 
 def draw_configurations(arrays, flags):
     """Final scores, luck, and the curves of every configuration."""
-    if not arrays:
-        return
     names, final = labels(arrays), arrays["final"].mean(1)
-    words = "memory capacity (delays)" if arrays["better"][0] > 0 else "NRMSE"
+    words = {1: "memory capacity (delays)", -1: "NRMSE"}.get(arrays["better"].mean(), "score")
     figure, axes = common.panels(4, "Champions (squares: mean over repetitions, 95 % interval)", flags)
     dots(axes[0], final, names, f"{words}, final seeds, which selected nothing")
     if not flags.sweep:  # else the lines are of another problem
         lines_of(axes[0], arrays["reference"].sum(1))
-    dots(axes[1], -last(arrays["loss"]) - arrays["better"] * final, names,
-         "luck: fitness that final seeds do not keep")
+    dots(axes[1], -last(arrays["loss"]) - arrays["better"] * final, names, "luck: fitness not kept")
     curves(axes[2], -arrays["loss"] * arrays["better"][:, None], names, f"best fitness: {words}")
     curves(axes[3], arrays["held_out"], names, "the same network on held-out seeds")
     return figure
@@ -596,36 +594,33 @@ class Evolve(Searched):
 class Topology(Searched):
     """What does a champion look like, which delays does it remember, and is it its wiring?
 
-    Also of the champion W_in [R, S, N], by_target [R, K]; permuted [R], see `permuted`."""
+    Also by_target, linear [R, K]: capacity by delay, and without tanh; permuted [R], see there."""
 
     def points(flags):
         return [dict(method=method) for method in ("ga", "random")]
 
     def compute(flags, folder):
         def more(run, W, own):
-            w_in = data(run, seeds_of(run, "final"))[0]
-            return {"W_in": w_in if own is None else own.expand(len(w_in), -1),
-                    "by_target": on_seeds(W, own, run, "final").mean((0, 1)),
-                    "permuted": permuted(W, own, run)}
+            return {"by_target": on_seeds(W, own, run, "final").mean((0, 1)),
+                    "permuted": permuted(W, own, run),
+                    "linear": torch.from_numpy(Topology.linear(run, W[0], own))}
         return champions(flags, folder, more)
 
-    def linear(arrays, r):
-        """Capacities [K] by delay of champion r without its tanh: with its ridge, and with none."""
-        W, leak, K = arrays["W"][r], arrays["leak"][r], arrays["by_target"].shape[1]
-        noises = arrays["ridge"][r] / arrays["train"][r], 0.
-        W = (1 - leak) * np.eye(len(W)) + leak * W
-        return [np.mean([linear_capacity(W, leak * w, K, noise) for w in arrays["W_in"][r]], 0)
-                for noise in noises]
+    def linear(run, W, own):
+        """Capacity [K] by delay of W [N, N] without tanh, with its ridge, a mean over final seeds."""
+        W = (1 - run.leak) * torch.eye(len(W)) + run.leak * W
+        w_in = run.leak * torch.where(own.isnan(), w_in_of(run, seeds_of(run, "final")), own)
+        K, noise = run.lag or 2 * run.n_units, run.ridge / run.fit
+        return np.mean([linear_capacity(W, w, K, noise) for w in w_in], 0)
 
     def claims(arrays, say):
         for method in "ga", "random":
             judge(say, f"wiring-{method}", f"{method}: with its weights at random other places, at the "
                   "same radius, the champion is worse (loss)", OURS,
                   loss_without(arrays, "permuted", method=method))
-        mine = np.flatnonzero(pick(arrays, method="ga"))
-        linear = np.array([Topology.linear(arrays, r)[0].sum() for r in mine])
-        say("tanh-costs", "without its tanh a champion would remember more delays, by linear theory "
-            "(gain)", OURS, interval(linear - arrays["final"].mean(1)[mine]), ">", 5)
+        gain = arrays["linear"].sum(1) - arrays["final"].mean(1)
+        say("tanh-costs", "without its tanh a champion would remember at least five delays more, by "
+            "linear theory (gain)", OURS, interval(gain[pick(arrays, method="ga")]), ">", 5)
 
     def phases(W):
         """Order [N] of the neurons by their angle in the eigenvector of the largest complex eigenvalue:
@@ -637,20 +632,18 @@ class Topology(Searched):
         return np.argsort(np.angle(vectors[:, value]) % (2 * np.pi), kind="stable")
 
     def champion(arrays):
-        """The run of the genetic search (else of any) whose champion has the best fitness."""
+        """The run, a genetic one if there is one, whose champion has the best fitness."""
         genetic = arrays["method"] == "ga"
         return int(np.where(genetic if genetic.any() else True, -last(arrays["loss"]), -np.inf).argmax())
 
     def draw_champion(arrays, flags):
-        if not arrays:
-            return
         r = Topology.champion(arrays)
-        W = arrays["W"][r]
-        N, order = len(W), Topology.phases(W)
+        N = arrays["n_units"][r]
+        W = arrays["W"][r, :N, :N]
+        order = Topology.phases(W)
         figure, axes = common.panels(4, f"The champion of highest fitness ({labels(arrays)[r]})", flags)
-        ordered = W[np.ix_(order, order)]
         common.image(axes[0], W, "W as it evolved", figure, "from neuron", "to neuron")
-        common.image(axes[1], ordered, "in the order of its leading eigenvector's phases", figure)
+        common.image(axes[1], W[np.ix_(order, order)], "by the phases of a complex eigenvector", figure)
         values = np.linalg.eigvals(W)
         radius = np.abs(values).max()
         ring = radius * np.exp(2j * np.pi * np.arange(N) / N)
@@ -668,20 +661,17 @@ class Topology(Searched):
         return figure
 
     def draw_capacity(arrays, flags):
-        if not arrays:
-            return
         figure, (a, b) = common.panels(2, "Which delays are remembered?", flags)
         measured, names, r = arrays["by_target"], labels(arrays), Topology.champion(arrays)
         delay = np.arange(measured.shape[1]) + 1
         for name, colour in colours(names).items():
             common.band(a, delay, measured[names == name].T, name, colour)
         for name, values, style in zip(REFERENCES, arrays["reference"], ("-", "--", "-.", ":")):
-            a.plot(delay, values, color="grey", ls=style, lw=1, label=f"{name}, no search")
-        b.plot(delay, measured[r], label=f"champion, measured: {measured[r].sum():.1f}")
-        words = "with the same ridge", "no ridge, endless data"
-        for known, style, word in zip(Topology.linear(arrays, r), ("--", ":"), words):
-            label = f"its linear network, {word}: {known.sum():.1f}"
-            b.plot(delay, known, style, color="black", label=label)
+            if not flags.sweep:
+                a.plot(delay, values, color="grey", ls=style, lw=1, label=f"{name}, no search")
+        linear = arrays["linear"][r]
+        b.plot(delay, measured[r], label=f"champion, measured: {np.nansum(measured[r]):.1f}")
+        b.plot(delay, linear, "k--", label=f"without tanh, linear theory: {np.nansum(linear):.1f}")
         for ax in a, b:
             ax.set(xlabel="delay k", ylabel="squared correlation with u[t-k]", ylim=(0, 1.03))
             common.shelf(ax, 1 / flags.test, "chance, finite samples", "left")
@@ -689,20 +679,24 @@ class Topology(Searched):
         return figure
 
 
-def permuted(W, own, flags, count=4):
-    """Mean final score of networks with the weights of W [1, N, N] at random other places, at the same
-    spectral radius (unless it is 0): only the wiring is lost."""
+def final_score(W, own, flags):
+    """[P] mean scores on the final seeds of W [P, N, N]."""
+    return on_seeds(W, own, flags, "final").sum(2).mean(1)
+
+
+def permuted(W, own, flags):
+    """Mean final score of four networks with the weights of W [1, N, N] at random other places, at the
+    same spectral radius (unless it is 0): only the wiring is lost."""
     g, radius = common.generator(flags.seed, "permuted"), spectral_radius(W)
-    places = [torch.randperm(W.numel(), generator=g) for _ in range(count)]
+    places = [torch.randperm(W.numel(), generator=g) for _ in range(4)]
     shuffled = torch.stack([W.flatten()[place].view_as(W[0]) for place in places])
-    shuffled = rescaled(shuffled, radius) if radius else shuffled
-    return final_score(shuffled, own if own is None else own.expand(count, -1), flags).mean()
+    return final_score(rescaled(shuffled, radius) if radius else shuffled, own, flags).mean()
 
 
 def linear_capacity(W, w_in, K, noise=0., u_var=.64 / 3):
     """Capacity [K] by delay 1 .. K of the linear network x[t] = W x[t-1] + w_in u[t], exact for endless
     data: x = sum_j W^j w_in u[t-j], so Sigma = var u sum_j c_j c_j' with c_j = W^j w_in, and the readout
-    (Sigma + noise)^-1 var u c_k (Jaeger 2001). noise: ridge / --train. NaN where it diverges."""
+    (Sigma + noise)^-1 var u c_k (Jaeger 2001). noise: ridge / --fit. NaN where it diverges."""
     W, c, columns = np.asarray(W, float), np.asarray(w_in, float), []
     large = lambda c: np.abs(c).max()
     while len(columns) <= K or large(c) > 1e-9 * large(columns[0]) and len(columns) < 40 * len(W):
@@ -730,20 +724,19 @@ def narma10_of(u):
 
 @lru_cache(16)
 def narma10(seeds, T, lag):
-    """u ~ U[0, .5], predict y[t+1] at t; a sequence that diverges is drawn again."""
-    u, again = noise(seeds, T, 0, .5).float().double(), 0
+    """u ~ U[0, .5], predict y[t+lag] at t; a sequence that diverges is drawn again."""
+    u, again = noise(seeds, T + lag - 1, 0, .5).float().double(), 0
     y = narma10_of(u)
     while (lost := y.isnan().any(1)).any():
         again += 1
         other = [f"{seed}/{again}" for seed, gone in zip(seeds, lost) if gone]
-        u[lost] = noise(other, T, 0, .5).float().double()
+        u[lost] = noise(other, T + lag - 1, 0, .5).float().double()
         y = narma10_of(u)
-    return u, y[..., None]
+    return u[:, :T], y[:, lag - 1:, None]
 
 
-def runge_kutta(f, x, h, *forces):
+def runge_kutta(f, x, h, early=0, middle=0, late=0):
     """x(t + h) from x(t) of x' = f(x, force), of fourth order; forces: at t, t + h/2 and t + h."""
-    early, middle, late = forces or (0, 0, 0)
     k1 = f(x, early)
     k2 = f(x + h / 2 * k1, middle)
     k3 = f(x + h / 2 * k2, middle)
@@ -773,15 +766,15 @@ def mackey_glass(seeds, T, lag):
     return x[:, :T], x[:, lag:, None]
 
 
-def lorenz_of(begin, T, dt=.05, h=.01):
-    """The Lorenz system (10, 28, 8/3) from begin [S, 3]: [S, T, 3] at dt, 2 dt, .."""
+def lorenz_of(begin, T):
+    """The Lorenz system (10, 28, 8/3) from begin [S, 3]: [S, T, 3] at .05, .1, .., by steps of .01."""
     def f(s, _):
         return np.stack([10 * (s[1] - s[0]), s[0] * (28 - s[2]) - s[1], s[0] * s[1] - 8 / 3 * s[2]])
-    s, every, rows = np.asarray(begin).T, round(dt / h), []
-    for _ in range(T * every):
-        s = runge_kutta(f, s, h)
+    s, rows = np.asarray(begin).T, []
+    for _ in range(5 * T):
+        s = runge_kutta(f, s, .01)
         rows.append(s)
-    return torch.from_numpy(np.stack(rows[every - 1::every]).transpose(2, 0, 1).copy())
+    return torch.from_numpy(np.stack(rows[4::5]).transpose(2, 0, 1).copy())
 
 
 @lru_cache(16)
@@ -804,6 +797,10 @@ class AnyTask(Searched):
 class SeedProblem(AnyTask):
     """How many fitness seeds does a search need, with as many evaluations (1, 2, 4 or 8 seeds)?"""
     defaults = dict(runs=5, task="narma10")
+
+    def check(flags):
+        if "fitness_seeds" in flags.given:
+            raise common.Stop("--study seed-problem takes 1, 2, 4 and 8 --fitness-seeds: leave it out")
 
     def points(flags):
         return [dict(fitness_seeds=n, steps=max(1, flags.steps * 4 // n)) for n in (1, 2, 4, 8)]
@@ -884,9 +881,11 @@ class Radius(AnyTask):
 
     def compute(flags, folder):
         def more(run, W, own):
-            alone, other = rescaled(unselected(run)[0], spectral_radius(W)), rescaled(W, run.radius)
-            return {"radius_only": final_score(alone, None, run).mean(),
-                    "rescaled": final_score(other, own, run).mean(), "permuted": permuted(W, own, run)}
+            free, w_in = unselected(run)
+            alone = rescaled(free, spectral_radius(W))
+            return {"radius_only": final_score(alone, w_in, run).mean(),
+                    "rescaled": final_score(rescaled(W, run.radius), own, run).mean(),
+                    "permuted": permuted(W, own, run)}
         return champions(flags, folder, more)
 
     def claims(arrays, say):
@@ -898,7 +897,8 @@ class Radius(AnyTask):
               source, loss_without(arrays, "rescaled", **raw))
         total, rest = (loss_without(arrays, key, **raw) for key in ("unselected", "radius_only"))
         judge(say, "radius-most", "more than half of a raw search's gain is spectral radius: unselected "
-              "networks with the champion's radius have it as well", source, total / 2 - rest)
+              "networks with the champion's radius have it as well", source,
+              np.minimum(total, total / 2 - rest))
         for name, settings in ("fixed", fixed), ("raw", raw):
             judge(say, f"wiring-{name}", f"{name}: with its weights at random other places, at the same "
                   "radius, the champion is worse (loss)", source,
@@ -946,23 +946,29 @@ class Continuous(AnyTask):
     draw_continuous = draw_configurations
 
 
+def scores_at(W, own, run, others):
+    """Mean final scores of networks of a run under other settings, with W_in of the size of these."""
+    size = size_of_w_in(run)
+    scores = [final_score(W, own * size_of_w_in(one) / size, one).mean() for one in others]
+    return torch.stack(scores)
+
+
 class InputScaling(AnyTask):
     """Does the order of champion, ring and chain survive another input scaling (what drowns in tanh)?
 
-    Also scaled, ring, chain [R, 4]: mean final scores at SCALES, of the champion, a ring, a
-    chain."""
+    Also mean final scores at SCALES: scaled [R, 4] of the champion, ring, chain [4]."""
     SCALES = .01, .1, .3, 1.
 
     def points(flags):
         return [dict(input_scaling=s) for s in InputScaling.SCALES]
 
     def compute(flags, folder):
-        def more(run, W, own):
-            ring = cycle(run.n_units, run.radius)
-            at = [replace(run, input_scaling=s) for s in InputScaling.SCALES]
-            return {name: torch.stack([final_score(x, None, one).mean() for one in at])
-                    for name, x in (("scaled", W), ("ring", ring), ("chain", ring.tril()))}
-        return champions(flags, folder, more)
+        at = lambda run: [replace(run, input_scaling=size) for size in InputScaling.SCALES]
+        ring = cycle(flags.n_units, flags.radius)
+        more = lambda run, W, own: {"scaled": scores_at(W, own, run, at(run))}
+        return champions(flags, folder, more) | {
+            "ring": scores_at(ring, PER_SEED, flags, at(flags)),
+            "chain": scores_at(ring.tril(), PER_SEED, flags, at(flags))}
 
     def claims(arrays, say):
         for name in "ring", "chain":
@@ -973,15 +979,13 @@ class InputScaling(AnyTask):
                       gain[pick(arrays, input_scaling=size), i])
 
     def draw_scaling(arrays, flags):
-        if not arrays:
-            return
-        x = np.array(InputScaling.SCALES)
+        x, names = np.array(InputScaling.SCALES), labels(arrays)
         figure, (ax,) = common.panels(1, "What is left at other input scalings?", flags, 1, (6.5, 4.5))
-        for s, colour in zip(np.unique(arrays["input_scaling"]), common.COLOURS):
-            own = arrays["scaled"][pick(arrays, input_scaling=s)]
-            common.band(ax, x, own.T, f"champions of searches at {s}", colour)
+        for name, colour in colours(names).items():
+            common.band(ax, x, arrays["scaled"][names == name].T, f"champions of {name}", colour)
         for name, style in ("ring", "k-"), ("chain", "k--"):
-            ax.plot(x, arrays[name][0], style, label=f"{name}, no search")
+            if not flags.sweep:
+                ax.plot(x, arrays[name], style, label=f"{name}, no search")
         ax.set(xscale="log", xlabel="input scaling, largest |W_in|", ylabel="score on final seeds")
         ax.legend(fontsize=6)
         return figure
@@ -999,8 +1003,8 @@ class Tasks(AnyTask):
     def compute(flags, folder):
         def more(run, W, own):
             each = [replace(run, task=task) for task in TASKS]
-            return {"transfer": torch.stack([final_score(W, own, one).mean() for one in each]),
-                    "plain": torch.stack([final_score(*unselected(run), one).mean() for one in each])}
+            return {"transfer": scores_at(W, own, run, each),
+                    "plain": scores_at(*unselected(run), run, each)}
         return champions(flags, folder, more)
 
     def relative(arrays, a, j):
@@ -1016,11 +1020,9 @@ class Tasks(AnyTask):
                       "(share)", OURS, Tasks.relative(arrays, a, j))
 
     def draw_transfer(arrays, flags):
-        if not arrays:
-            return
         tasks = [task for task in TASKS if task in arrays["task"]]
         gain = [[100 * Tasks.relative(arrays, a, j).mean() for j in range(len(TASKS))] for a in tasks]
-        title = "A champion of one task on another: gain over networks that nothing selected"
+        title = "Gain of a champion over unselected networks"
         figure, (ax,) = common.panels(1, title, flags, 1, (6.5, 4.5))
         common.image(ax, np.array(gain), "in % of their score", figure, "scored on", "evolved on")
         for (i, j), x in np.ndenumerate(gain):
@@ -1033,34 +1035,38 @@ class Tasks(AnyTask):
 class Score(common.Study):
     """How good are the networks of a file? (--weights FILE.npz with W, and perhaps W_in)
 
-    final [M, S] on the final seeds, spectral_radius [M], W [M, N, N]; reference [4, K]."""
+    final [M, S] on the final seeds, spectral_radius [M]; reference [4, K]."""
     tasks = TASKS
-    smoke = dict(washout=30, train=60, test=40, final_seeds=2)
+    smoke = dict(washout=30, fit=60, test=40, final_seeds=2)
 
     def check(flags):
-        if not flags.plot_only and not flags.smoke:
+        if not flags.plot_only:
             Score.networks_of(flags)
 
     def networks_of(flags):
-        """W [M, N, N] and W_in [M, N] or None of the file --weights; Stop where they are not."""
+        """W [M, N, N] and W_in [M, N] of the file --weights; Stop where they are not."""
+        if flags.smoke and not flags.weights:
+            return cycle(8, .9), PER_SEED
         try:
             with np.load(flags.weights, allow_pickle=False) as file:
-                W, w_in = (np.asarray(file[k], np.float32) if k in file else None for k in ("W", "W_in"))
+                W = np.asarray(file["W"], np.float32)
+                w_in = np.asarray(file["W_in"] if "W_in" in file else nan, np.float32)
             W = W.reshape(-1, *W.shape[-2:])
-            w_in = w_in if w_in is None else w_in.reshape(len(W), -1, W.shape[1])[:, 0]
+            w_in = np.broadcast_to(w_in, W.shape[:2]).copy()
             sound = W.shape[1] == W.shape[2] > 1 and np.isfinite(W).all() and len(W)
-        except (OSError, ValueError, KeyError, AttributeError, IndexError, TypeError, EOFError) as error:
+        except Exception as error:  # whatever the bytes lead numpy and zipfile to
             raise common.Stop(f"--weights {flags.weights}: no npz file with W [M, N, N]: {error!r:.100}")
-        if not sound:
+        if not sound or np.isinf(w_in).any():
             raise common.Stop(f"--weights {flags.weights}: W must be finite numbers [M, N, N], N > 1")
-        return torch.from_numpy(W), w_in if w_in is None else torch.from_numpy(w_in)
+        return torch.from_numpy(W), torch.from_numpy(w_in)
 
     def compute(flags, folder):
-        W, own = (cycle(8, .9), None) if flags.smoke else Score.networks_of(flags)
+        W, own = Score.networks_of(flags)
         flags = replace(flags, n_units=W.shape[1])
-        values = on_seeds(W, own, flags, "final")
-        return {"reference": references(flags), "final": values.sum(2), "W": W,
-                "spectral_radius": spectral_radius(W)}
+        final, radius = on_seeds(W, own, flags, "final").sum(2), spectral_radius(W)
+        for m, x in enumerate(final):
+            common.tell(f"network {m}: {x.mean():.4g} +- {x.std():.2g}, spectral radius {radius[m]:.3g}")
+        return {"reference": references(flags), "final": final, "spectral_radius": radius}
 
     def draw_scores(arrays, flags):
         title = f"The networks of {flags.weights} on {flags.final_seeds} seeds"

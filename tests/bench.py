@@ -25,13 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._inductor.utils import fresh_cache
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import common as house  # the second edition; the first serves the scripts that have not moved
-import common_v1 as common
+import common
 import exp_addition
 import exp_esn_genetic as exp_esn
 import exp_gpt2_paths as exp_gpt2
@@ -138,21 +137,21 @@ def leaves(x):
     return [leaf for v in x.values() for leaf in leaves(v)] if isinstance(x, dict) else [x]
 
 
-def house_row(name, repeats, seconds, each, models, loss_of, drawn, begin, step, constants=None, optimisers=None, compared=True,
+def row(name, repeats, seconds, each, models, loss_of, drawn, begin, step, constants=None, optimisers=None, compared=True,
               compile=True, **optimiser):
-    """A row for runs `each` on the second edition: loss_of(model, run, t) is the notebook's own loss of a step, drawn(run, t)
+    """A row for runs `each`: loss_of(model, run, t) is the notebook's own loss of a step, drawn(run, t)
     -> data for loss_of(.., data=) what our step t draws: the losses of three steps must agree."""
-    flags, runs, at = each[0], len(each), house.device(each[0])
-    number = lambda runs: house.numbers(runs, constants)
-    first = house.run_of(number(each[:1]), 0)
-    held, logs = house.first_step(step, begin(flags), first, at)
-    size = house.block_size(flags, begin(flags)["params"], first, held)
+    flags, runs, at = each[0], len(each), common.device(each[0])
+    number = lambda runs: common.numbers(runs, constants)
+    first = common.run_of(number(each[:1]), 0)
+    held, logs = common.first_step(step, begin(flags), first, at)
+    size = common.block_size(flags, begin(flags)["params"], first, held)
     blocks = [each[a:a + size] for a in range(0, runs, size)]
     blocks = [b + b[-1:] * (size - len(b)) for b in blocks]
-    program = house.Program(step, house.stack([begin(r) for r in blocks[0]]), number(blocks[0]), logs, at)
+    program = common.Program(step, common.stack([begin(r) for r in blocks[0]]), number(blocks[0]), logs, at)
     bound = limit(program) * len(blocks)
     with fresh_cache():
-        house.NOW.asked, start = False, time.perf_counter()
+        common.NOW.asked, start = False, time.perf_counter()
         failed = compile and program.compile()
         compile_seconds = time.perf_counter() - start
     if failed:
@@ -168,11 +167,11 @@ def house_row(name, repeats, seconds, each, models, loss_of, drawn, begin, step,
 
     def ours(steps):
         return [program(steps)["loss"] for _ in blocks]  # every block goes through the same program
-    kept, few = house.to(at, program.state), min(size, runs)
+    kept, few = common.to(at, program.state), min(size, runs)
     if compared:
         agree(name, lambda n: notebook(n, drawn)[:, :few], lambda n: program(n)["loss"].T[:, :few])
-    house.fill(program.state, kept)
-    pairs = in_turns(notebook, ours, house.READ, repeats, seconds)
+    common.fill(program.state, kept)
+    pairs = in_turns(notebook, ours, common.READ, repeats, seconds)
     share = bound / statistics.median(x for _, x in pairs)
     return line(name, runs, pairs, compile_seconds) + f" {share:.0%} |"
 
@@ -181,7 +180,7 @@ def addition_row(name, repeats, seconds, runs=1, device="cpu", study="digit", **
     """warmup=1 is a constant learning rate, which is what a notebook starts with. The notebook draws by torch.randint, ours
     by its own hashes; for the comparison of losses the notebook gets ours."""
     flags = exp_addition.Flags(sweep=[], warmup=1., device=device, **fields)
-    at, everything = house.device(flags), study == "all"
+    at, everything = common.device(flags), study == "all"
     each = [replace(flags, seed=r, runs=1) for r in range(runs)]
     positions = (3 if everything else 2) * flags.digits + 2
     begin = lambda run: exp_addition.start(run, positions)
@@ -195,8 +194,8 @@ def addition_row(name, repeats, seconds, runs=1, device="cpu", study="digit", **
         return addition_loss(flags, model, ab, everything)
 
     def drawn(run, t):
-        return exp_addition.sample(flags, house.key(torch.tensor(run.seed), 0, torch.tensor(t)), flags.batch).to(at)
-    return house_row(name, repeats, seconds, each, models, loss_of, drawn, begin, step, betas=(flags.beta1, flags.beta2),
+        return exp_addition.sample(flags, common.key(torch.tensor(run.seed), 0, torch.tensor(t)), flags.batch).to(at)
+    return row(name, repeats, seconds, each, models, loss_of, drawn, begin, step, betas=(flags.beta1, flags.beta2),
                      eps=flags.eps, weight_decay=flags.weight_decay)
 
 
@@ -255,7 +254,7 @@ def ngram_row(name, repeats, seconds, runs=1, **fields):
         number = table[run.seed]
         seen = exp_ngram.drawn(run, number, torch.tensor(t)) if run.sampled else number
         return torch.stack(exp_ngram.contexts(run, seen), 1), seen["after"].argmax(0)
-    return house_row(name, repeats, seconds, each, models, loss_of, ours, exp_ngram.start, exp_ngram.step_of(flags),
+    return row(name, repeats, seconds, each, models, loss_of, ours, exp_ngram.start, exp_ngram.step_of(flags),
                      exp_ngram.constants, weight_decay=0.)
 
 
@@ -305,7 +304,7 @@ def iteration_row(name, repeats, seconds, **fields):
     """The notebook has one sequence in a row, [problem x EoI s] and padding; held-out ones have no loss in either."""
     flags = exp_iteration.Flags(device="cpu", runs=1, sweep=[], **fields)
     model = IterationModel(exp_iteration.start(flags)["params"], flags.n_layers)
-    number = house.run_of(house.numbers([flags], exp_iteration.constants), 0)
+    number = common.run_of(common.numbers([flags], exp_iteration.constants), 0)
 
     def ours(run, t):
         """The sequences of a step of ours, one in a row: inputs, targets of all places, and which of them count."""
@@ -340,7 +339,7 @@ def iteration_row(name, repeats, seconds, **fields):
     def loss_of(model, run, t, data=None):
         tokens, target, counted = data or drawn()
         return F.cross_entropy(model(tokens)[counted], target[counted])
-    return house_row(name, repeats, seconds, [flags], [model], loss_of, ours, exp_iteration.start,
+    return row(name, repeats, seconds, [flags], [model], loss_of, ours, exp_iteration.start,
                      exp_iteration.step_of(flags), exp_iteration.constants, weight_decay=0.)
 
 
@@ -379,7 +378,7 @@ def landscape_row(name, repeats, seconds, each):
         return F.cross_entropy(model(pair // run.n_classes), pair % run.n_classes)
     kinds = {"gd": torch.optim.SGD, "adam": torch.optim.Adam}
     optimisers = [kinds[run.optimiser](model.parameters(), lr=run.lr) for run, model in zip(each, models)]
-    return house_row(name, repeats, seconds, each, models, loss_of, lambda run, t: None, exp_landscape.start,
+    return row(name, repeats, seconds, each, models, loss_of, lambda run, t: None, exp_landscape.start,
                      exp_landscape.step_of(each[0]), exp_landscape.constants, optimisers, not each[0].batch)
 
 
@@ -435,15 +434,15 @@ def clusters_row(name, repeats, seconds, count):
     known = {run.seed: at(run, torch.arange(run.n_train)) for run in each}
 
     def drawn(run, t):
-        key = house.key(sets[run.seed]["seed"], 0, torch.tensor(t))
-        return at(run, house.integers(key, run.n_train, run.batch))
+        key = common.key(sets[run.seed]["seed"], 0, torch.tensor(t))
+        return at(run, common.integers(key, run.n_train, run.batch))
 
     def loss_of(model, run, t, data=None):
         x, y = known[run.seed]
         index = torch.randint(run.n_train, (run.batch,))
         x, y = data or (x[index], y[index])
         return F.cross_entropy(model(x)[:, :run.modulus], y)
-    return house_row(name, repeats, seconds, each, models, loss_of, drawn, exp_landscape.plane_start,
+    return row(name, repeats, seconds, each, models, loss_of, drawn, exp_landscape.plane_start,
                      exp_landscape.plane_step_of(base), exp_landscape.plane_constants, weight_decay=0.)
 
 
@@ -510,22 +509,22 @@ def mini_row(name, repeats, seconds, compile):
         return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
 
     def drawn(run, t):
-        return rows_at(house.integers(house.key(torch.tensor(0), 0, torch.tensor(t)), most, flags.batch))
+        return rows_at(common.integers(common.key(torch.tensor(0), 0, torch.tensor(t)), most, flags.batch))
     optimiser = torch.optim.AdamW(model.parameters(), lr=flags.lr, weight_decay=flags.weight_decay, betas=(.9, .99))
     rate = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda t: float(exp_gpt2.schedule(torch.tensor(t), flags.steps)))
     def clip(*_):
         nn.utils.clip_grad_norm_(model.parameters(), 1.)
     optimiser.register_step_pre_hook(clip)
     optimiser.register_step_post_hook(lambda *_: rate.step())
-    return house_row(name, repeats, seconds, [flags], [model], loss_of, drawn, exp_gpt2.start, exp_gpt2.step_of(flags),
+    return row(name, repeats, seconds, [flags], [model], loss_of, drawn, exp_gpt2.start, exp_gpt2.step_of(flags),
                      exp_gpt2.constants, [optimiser], compile=compile)
 
 
 def reading_row(name, repeats, positions):
     """One text through random weights of gpt2's shape: states, lens and ranks. The notebook sorts to rank, layer by layer."""
     config = exp_gpt2.Config(12, 12, 768, 1024, 50257)
-    params = exp_gpt2.init(config, house.generator(0, "init"))
-    model, tokens = GPT2Model(params, config), torch.randint(50257, (positions,), generator=house.generator(0, "eval"))
+    params = exp_gpt2.init(config, common.generator(0, "init"))
+    model, tokens = GPT2Model(params, config), torch.randint(50257, (positions,), generator=common.generator(0, "eval"))
     own = exp_gpt2.Model(params, config, None, "gpt2")
 
     @torch.no_grad()
@@ -556,21 +555,22 @@ def reading_row(name, repeats, positions):
 # ---- Echo state networks --------------------------------------------------------------------------------------------
 
 def esn_row(name, repeats, population, **fields):
-    """Score a population on its fitness seeds. The notebook's loop: one network and seed after the other, in float64."""
-    flags = exp_esn.Flags(study="evolve", device="cpu", population=population, **fields)
-    seeds = exp_esn.seeds_of(flags, "fitness_seeds")
+    """Score a population on its fitness seeds. The notebook's loop: one network and seed after the other, in float64; W
+    is rescaled once for its seeds. The share of the limit: products of matrices of the shapes that are multiplied and
+    one sigmoid, each as fast as large ones are."""
+    flags = exp_esn.Flags(device="cpu", population=population, room=exp_esn.AnyTask, **fields)
     genes = exp_esn.first_genes(flags, population, common.generator(0, "init"))
-    w_in, _, u, y = (x.double().numpy() for x in exp_esn.data(flags, seeds))
-    fit, end = flags.washout, flags.washout + flags.train
+    w_in, u, y = (x.double().numpy() for x in exp_esn.data(flags, exp_esn.seeds_of(flags, "fitness")))
+    fit, end, N = flags.washout, flags.washout + flags.train, flags.n_units
 
     def one(W, w_in, u, y):
-        x, X = np.zeros(len(W)), np.empty((len(u), len(W)))
+        x, X = np.zeros(N), np.empty((len(u), N))
         for t in range(len(u)):
             x = np.tanh(W @ x + w_in * u[t])
             X[t] = x
         mean, level = X[fit:end].mean(0), y[fit:end].mean(0)
         Z = X[fit:end] - mean
-        readout = np.linalg.solve(Z.T @ Z + flags.ridge * np.eye(len(W)), Z.T @ (y[fit:end] - level))
+        readout = np.linalg.solve(Z.T @ Z + flags.ridge * np.eye(N), Z.T @ (y[fit:end] - level))
         p, target = (X[end:] - mean) @ readout + level, y[end:]
         if flags.task == "memory":
             return sum(np.corrcoef(p[:, k], target[:, k])[0, 1] ** 2 for k in range(p.shape[1]))
@@ -580,12 +580,19 @@ def esn_row(name, repeats, population, **fields):
         W = genes[p].double().numpy()
         W = W * (flags.radius / abs(np.linalg.eigvals(W)).max())
         return [one(W, *arguments) for arguments in zip(w_in, u, y)]
-    ours = lambda: exp_esn.score(exp_esn.scored(genes, flags, seeds)[0], flags)
+    ours = lambda: exp_esn.on_seeds(*exp_esn.networks(genes, flags), flags, "fitness").sum(2)
     apart = np.abs(np.array(notebook()) - ours()[0].numpy()).max()
     if apart > 1e-3:
         raise SystemExit(f"{name}: the scores of notebook and ours differ by {apart:.2g}")
     pairs = [(clock(notebook, i % population) * population, clock(ours)) for i in range(repeats)]
-    return line(name, population * len(seeds), pairs)
+    count = population * len(u)
+    a, b, x = torch.randn(512, 512), torch.randn(512, 512).double(), torch.rand(100_000)
+    rate = lambda f, work: work / min(clock(f) for _ in range(20))
+    single, double = rate(lambda: a @ a, 2 * 512 ** 3), rate(lambda: b @ b, 2 * 512 ** 3)
+    sigmoid = rate(lambda: x.sigmoid_(), len(x))
+    least = u.shape[1] * (2 * N * N / single + N / sigmoid) + 2 * flags.train * N * (N + y.shape[2]) / double
+    least += 2 * flags.test * N * y.shape[2] / double
+    return line(name, count, pairs) + f" {least * count / statistics.median(own for _, own in pairs):.0%} |"
 
 
 # ---- The table: experiment -> workloads, each a function (repeats, seconds) -> a line ------------------------------------
@@ -632,7 +639,7 @@ ROWS = {
     ],
     "esn": [
         lambda repeats, seconds: esn_row("esn, NARMA10, N=100, 3,000 time steps (a network on a seed, not a step)", repeats, 64,
-                                         task="narma10", n_units=100, train=1800, fitness_seeds="0..7"),
+                                         task="narma10", n_units=100, train=1800, fitness_seeds=8),
         lambda repeats, seconds: esn_row("esn, memory, N=50, 2,200 time steps, as by default", repeats, 20),
     ],
 }
@@ -656,8 +663,9 @@ def main():
     if arguments.device == "cuda":
         for runs in 1, 64, 1000, 10000:
             torch.cuda.reset_peak_memory_stats()
-            row = addition_row("addition 16/4, batch 256", arguments.repeats, arguments.seconds, runs, "cuda", d_model=16, n_heads=4)
-            print(row, f"peak {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB", flush=True)
+            text = addition_row("addition 16/4, batch 256", arguments.repeats, arguments.seconds, runs, "cuda", d_model=16,
+                                n_heads=4)
+            print(text, f"peak {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB", flush=True)
         print(torch.cuda.get_device_name())
         return
     for experiment in [arguments.only] if arguments.only else ROWS:

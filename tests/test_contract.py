@@ -18,44 +18,49 @@ QUICK = "--smoke --compile off --save-every 0"
 LONGEST = {"exp_gpt2_paths": 750, "exp_esn_genetic": 600}  # lines of a fork with the first study
 
 
-@pytest.mark.parametrize("name, study", STUDIES, ids=IDS)
-def test_a_study_runs_and_draws_all_its_figures(name, study, tmp_path, capsys):
-    exp, line = importlib.import_module(name), f"--smoke --study {common.study_name(study.__name__)}"
-    assert run(exp, line, tmp_path / "r") == 0
-    drawn = lambda: {p.stem: p for p in (tmp_path / "r").iterdir() if p.suffix in (".png", ".gif")}
-    for path in drawn().values():
-        path.unlink()
-    assert run(exp, f"{line} --plot-only", tmp_path / "r") == 0
-    assert drawn().keys() == common.figures_of(study).keys()
-    said = capsys.readouterr().out
-    assert "not judged" in said or not (tmp_path / "r/summary.json").exists()
+def forked(name, study, folder):
+    """The module of a fork with one study."""
+    path = folder / "exp_mine.py"
+    common.fork(ROOT / f"{name}.py", path, common.study_name(study.__name__))
+    spec = importlib.util.spec_from_file_location("exp_mine", path)
+    sys.modules["exp_mine"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["exp_mine"])
+    return sys.modules["exp_mine"]
 
 
 @pytest.mark.parametrize("name, study", STUDIES, ids=IDS)
-def test_a_fork_by_each_study_runs(name, study, tmp_path, monkeypatch):
-    """The rooms have walls: a study with its core runs without the others; of the first, as a user would fork and run it."""
-    exp, others = importlib.import_module(name), {s.__name__ for n, s in STUDIES if n == name} - {study.__name__}
-    words = str(ROOT / f"{name}.py"), str(tmp_path / "exp_mine.py"), common.study_name(study.__name__)
-    if study is not exp.STUDIES[0]:
-        common.fork(*words)
-        spec = importlib.util.spec_from_file_location("exp_mine", tmp_path / "exp_mine.py")
-        fork = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, "exp_mine", fork)
-        spec.loader.exec_module(fork)
-        assert run(fork, "--smoke", tmp_path / "fork") == 0
-    else:
-        shutil.copy(ROOT / "common.py", tmp_path)
-        subprocess.run([sys.executable, "common.py", "fork", *words], cwd=tmp_path, check=True)
-        done = subprocess.run([sys.executable, "exp_mine.py", "--smoke", "--out", "fork"], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    assert not others & set(common.Source((tmp_path / "exp_mine.py").read_text()).nodes)
-    if study is exp.STUDIES[0]:
-        assert run(exp, "--smoke", tmp_path / "original") == 0
-        mine, theirs = arrays_of(tmp_path / "fork"), arrays_of(tmp_path / "original")
-        assert all(np.array_equal(x, theirs[k], equal_nan=x.dtype.kind == "f") for k, x in mine.items())
-        flags = [common.Source(path.read_text()).members.keys() for path in (ROOT / f"{name}.py", tmp_path / "exp_mine.py")]
-        assert {k.split()[-1] for k in theirs.keys() - mine.keys()} <= flags[0] - flags[1]  # settings that the fork has not
-        assert len((tmp_path / "exp_mine.py").read_text().splitlines()) <= LONGEST.get(name, 550)
+def test_a_fork_by_each_study_runs_and_draws_all_its_figures(name, study, tmp_path, capsys):
+    """The rooms have walls: a study with its core runs without the others."""
+    fork, path = forked(name, study, tmp_path), tmp_path / "r"
+    others = {s.__name__ for n, s in STUDIES if n == name} - {study.__name__}
+    assert not others & vars(fork).keys()
+    assert run(fork, "--smoke", path) == 0
+    figures = [p for p in path.iterdir() if p.suffix in (".png", ".gif")]
+    for figure in figures:
+        figure.unlink()
+    assert run(fork, "--smoke --plot-only", path) == 0
+    assert {p.stem for p in figures if p.exists()} == common.figures_of(study).keys()
+    assert "not judged" in capsys.readouterr().out
+
+
+def test_a_fork_has_the_bits_of_the_original(exp, tmp_path):
+    name, study = exp.__name__, exp.STUDIES[0]
+    assert run(forked(name, study, tmp_path), "--smoke", tmp_path / "fork") == 0
+    assert run(exp, "--smoke", tmp_path / "original") == 0
+    mine, theirs = arrays_of(tmp_path / "fork"), arrays_of(tmp_path / "original")
+    assert all(np.array_equal(x, theirs[k], equal_nan=x.dtype.kind == "f") for k, x in mine.items())
+    texts = (ROOT / f"{name}.py").read_text(), (tmp_path / "exp_mine.py").read_text()
+    flags = [common.Source(text).members.keys() for text in texts]
+    assert {k.split()[-1] for k in theirs.keys() - mine.keys()} <= flags[0] - flags[1]
+    assert len(texts[1].splitlines()) <= LONGEST.get(name, 550)
+
+
+def test_a_user_forks_and_runs(tmp_path):
+    shutil.copy(ROOT / "common.py", tmp_path)
+    user = lambda *words: subprocess.run([sys.executable, *words], cwd=tmp_path, check=True)
+    user("common.py", "fork", ROOT / "exp_addition.py", "exp_mine.py")
+    user("exp_mine.py", "--smoke")
+    assert (tmp_path / "runs/mine/digit_smoke=True/curves.png").exists()
 
 
 def test_runs_are_alike_alone_and_in_company(exp, tmp_path):

@@ -18,7 +18,7 @@ SEEDS = dict(fitness_seeds=2, held_out_seeds=2, final_seeds=2)
 
 
 def made(**fields):
-    small = dict(n_units=6, density=.5, washout=20, train=60, test=40, lag=0, device="cpu", room=exp.Tasks) | SEEDS
+    small = dict(n_units=6, density=.5, washout=20, fit=60, test=40, lag=0, device="cpu", room=exp.Tasks) | SEEDS
     flags = exp.Flags(**small | fields)
     flags.lag = flags.lag or (3 if flags.task in ("mackey-glass", "lorenz") else 0)
     return flags
@@ -47,7 +47,7 @@ def top(W):
 def plain(W, w_in, u, y, flags):
     """One network on one seed, in float64: what the docstring says. Values [K]."""
     W, w_in, u, y = (np.asarray(x, float) for x in (W, w_in, u, y))
-    x, states, end = np.zeros(len(W)), [], flags.washout + flags.train
+    x, states, end = np.zeros(len(W)), [], flags.washout + flags.fit
     for now in u:
         x = (1 - flags.leak) * x + flags.leak * np.tanh(W @ x + w_in * now)
         states.append(x)
@@ -67,31 +67,31 @@ def by_loop(W, w_in, u, y, flags):
 
 # ---- the batched recurrence and readout ------------------------------------------------------------------------------
 
-CASES = [dict(genotype=genotype, task=task, leak=(1., .3)[i % 2], w_in=("redrawn", "fixed", "evolved")[i % 3], raw=i % 5 == 1)
-         for i, (genotype, task) in enumerate(itertools.product(GENOTYPES, TASKS))]
+CASES = [dict(genotype="ternary", leak=.3), dict(genotype="continuous", task="narma10", w_in="evolved"),
+         dict(genotype="circulant", task="lorenz", w_in="fixed", raw=True),
+         dict(genotype="gaussian", task="mackey-glass", leak=.6, w_in="evolved")]
 
 
-@pytest.mark.parametrize("fields", CASES, ids=lambda f: f"{f['genotype']}-{f['task']}")
+@pytest.mark.parametrize("fields", CASES, ids=lambda f: f["genotype"])
 def test_batched_is_one_by_one_is_a_loop(fields):
     """States in float32, so to a tolerance, which is tight where the ridge is large."""
     for ridge, least in ((10., 3e-5), (.01, 5e-4)):
-        flags = made(ridge=ridge, inputs=3, **fields)
+        flags = made(ridge=ridge, **fields)
         W, own = exp.networks(first(flags), flags)
-        values, (w_in, u, y) = exp.on_seeds(W, own, flags, "final"), exp.data(flags, exp.seeds_of(flags, "final"))
-        assert values.dtype == torch.float64 and values.shape == (3, 2, y.shape[2])
-        assert far(values, by_loop(W, w_in if own is None else own[:, None].expand(3, 2, 6), u, y, flags)) < least
-        alone = [exp.on_seeds(W[p:p + 1], own if own is None else own[p:p + 1], flags, "final") for p in range(3)]
-        assert far(torch.cat(alone), values) < least
+        values = exp.on_seeds(W, own, flags, "final")
+        w_in, u, y = exp.data(flags, exp.seeds_of(flags, "final"))
+        own_or_drawn = w_in if flags.w_in == "redrawn" else own[:, None].expand(3, 2, 6)
+        assert values.dtype == torch.float64 and far(values, by_loop(W, own_or_drawn, u, y, flags)) < least
         fortran = torch.from_numpy(np.asfortranarray(W.numpy()))
         assert torch.equal(exp.on_seeds(fortran, own, flags, "final"), values)
 
 
 @pytest.mark.parametrize("task", ["memory", "narma10"])
 def test_blocks_of_time_and_of_networks_change_nothing(monkeypatch, task):
-    flags = made(task=task, leak=.7, ridge=.1, washout=23, train=61, test=45)
+    flags = made(task=task, leak=.7, ridge=.1, washout=23, fit=61, test=45)
     W, (w_in, u, y) = exp.networks(first(flags, 5), flags)[0], exp.data(flags, ("a", "b"))
     expected = by_loop(W.numpy(), w_in, u, y, flags)
-    for block, together in itertools.product((1, 7, 61, 10_000), (0, 36, 80, 10_000)):
+    for block, together in ((1, 0), (7, 80), (61, 36), (10_000, 10_000)):
         monkeypatch.setattr(exp, "BLOCK", block)
         monkeypatch.setattr(exp, "TOGETHER", together)
         assert far(exp.evaluate(W, w_in, u, y, flags), expected) < 1e-4, (block, together)
@@ -111,24 +111,13 @@ def test_networks_without_recurrence_are_finite(fields):
     assert exp.on_seeds(*exp.networks(first(flags), flags), flags, "fitness").isfinite().all()
 
 
-def test_names_and_signs_of_neurons_do_not_matter():
-    flags = made(task="lorenz", leak=.6, ridge=.1)
-    W, (w_in, u, y) = exp.networks(first(flags), flags)[0], exp.data(flags, ("a", "b"))
-    values, order = exp.evaluate(W, w_in, u, y, flags), torch.randperm(6, generator=g())
-    signs = torch.tensor([1., -1, -1, 1, -1, 1])
-    assert far(exp.evaluate(W[:, order][:, :, order], w_in[:, order], u, y, flags), values) < 1e-4
-    assert far(exp.evaluate(W * signs[:, None] * signs, w_in * signs, u, y, flags), values) < 1e-4
-    assert far(exp.evaluate(W[:, order][:, :, order], w_in, u, y, flags), values) > 1e-3
-
-
 turned = lambda a, r=1.: r * torch.tensor([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]]).double()
-RADII = {"rotation": (torch.block_diag(turned(.7, 2.), turned(2., .5), torch.eye(3)), 2.), "alone": (turned(1.234), 1.),
-         "jordan": (torch.eye(5) * .8 + torch.diag(torch.ones(4), 1), .8), "ring": (exp.cycle(50, .9)[0], .9),
+RADII = {"rotation": (torch.block_diag(turned(.7, 2.), turned(2., .5), torch.eye(3)), 2.),
          "far from normal": (torch.eye(9).double() / 10 + torch.diag(torch.ones(8), 1), .1),
          "underflows": (torch.eye(50).double() / 1000 + torch.diag(torch.ones(49), 1), 0),
-         "tiny": (1e-30 * turned(1.), 1e-30), "huge": (1e30 * turned(1.), 1e30), "zero": (torch.zeros(4, 4), 0),
-         "chain": (exp.cycle(50, .9)[0].tril(), 0), "two cancel": (torch.tensor([[1., 1], [-1, -1]]), 0),
-         "triangular": (torch.triu(randn(9, 9), 1)[p := torch.randperm(9, generator=g())][:, p], 0)}
+         "tiny": (1e-30 * turned(1.), 1e-30), "huge": (1e30 * turned(1.), 1e30),
+         "ring": (exp.cycle(50, .9)[0], .9), "chain": (exp.cycle(50, .9)[0].tril(), 0),
+         "two cancel": (torch.tensor([[1., 1], [-1, -1]]), 0)}
 
 
 @pytest.mark.parametrize("name", RADII)
@@ -143,8 +132,6 @@ def test_spectral_radii_are_those_of_eigvals():
     W = torch.cat([randn(20, 30, 30), torch.randint(-1, 2, (20, 30, 30), generator=g()), randn(20, 30, 30).abs()])
     known = torch.linalg.eigvals(W).abs().amax(1)
     assert far(exp.spectral_radius(W) / known, 1.) < 1e-4
-    lost = exp.spectral_radius(torch.stack([torch.eye(3), torch.full((3, 3), math.nan)]))
-    assert lost[0] == 1 and lost[1].isnan()
 
 
 # ---- laws ------------------------------------------------------------------------------------------------------------
@@ -169,8 +156,7 @@ def test_memory_targets_are_earlier_inputs():
     u, y = exp.memory(("0", "7"), 50, 9)
     assert y.shape == (2, 50, 9) and torch.equal(y[:, 0, :8], y[:, 1, 1:]) and torch.equal(u, u.float().double())
     assert all(torch.equal(y[:, k:, k - 1], u[:, :-k]) for k in range(1, 10))
-    u, _ = exp.memory(tuple(map(str, range(20))), 2000, 1)
-    assert u.abs().max() < .8 and u.var().item() == pytest.approx(.64 / 3, rel=.02)
+    assert exp.memory(("0",), 40_000, 1)[0].var().item() == pytest.approx(.64 / 3, rel=.02)
 
 
 def test_mackey_glass():
@@ -212,16 +198,16 @@ def test_a_seed_draws_the_same_alone_and_in_company(task):
     together, alone = exp.data(flags, ("3", "9", "4")), exp.data(flags, ("9",))
     assert all(torch.equal(a[1], b[0]) for a, b in zip(together, alone))
     assert all(far(x[0], x[1]) > .01 for x in together)
-    fixed = exp.data(replace(flags, w_in="fixed"), ("3", "9"))[0]
-    assert torch.equal(fixed[0], fixed[1]) and fixed.abs().max() <= exp.size_of_w_in(flags)
+    fixed = exp.networks(torch.zeros(2, 6, 6), replace(flags, w_in="fixed", seed=3))[1]
+    assert torch.equal(fixed, together[0][:1].expand(2, 6))  # that of the repetition's seed
 
 
 def test_sets_of_seeds_do_not_meet():
     many = dict(fitness_seeds=50, held_out_seeds=50, final_seeds=50)
     sets = [exp.seeds_of(made(seed=s, **many), which) for s in (0, 1) for which in ("fitness", "held_out", "final")]
     assert sets[2] == sets[5] and len({*itertools.chain(*sets)}) == 5 * 50
-    few = exp.on_seeds(exp.cycle(6, .9), None, made(final_seeds=3), "final")
-    assert far(exp.on_seeds(exp.cycle(6, .9), None, made(final_seeds=40), "final")[:, :3], few) < 1e-5
+    few = exp.on_seeds(exp.cycle(6, .9), exp.PER_SEED, made(final_seeds=3), "final")
+    assert far(exp.on_seeds(exp.cycle(6, .9), exp.PER_SEED, made(final_seeds=40), "final")[:, :3], few) < 1e-5
 
 
 # ---- exact memory ----------------------------------------------------------------------------------------------------
@@ -238,24 +224,8 @@ def test_linear_capacity_of_a_ring_and_of_a_chain():
     assert (exp.linear_capacity(exp.cycle(4, .5)[0], np.zeros(4), 5) == 0).all()
 
 
-@pytest.mark.parametrize("noise", [0., 1e-4, .1])
-def test_linear_capacity_by_its_covariance(noise):
-    W = .8 * randn(5, 5).numpy() / top(randn(5, 5))
-    c, columns = randn(5, seed=9).numpy(), []
-    for _ in range(300):
-        columns.append(c)
-        c = W @ c
-    C = np.stack(columns, 1)
-    cov = .64 / 3 * C @ C.T
-    w = np.linalg.solve(cov + noise * np.eye(5), .64 / 3 * C)
-    expected = (w * C * .64 / 3).sum(0) ** 2 / ((w * (cov @ w)).sum(0) * .64 / 3)
-    found = exp.linear_capacity(W, columns[0], 150, noise)
-    assert far(found[:20], expected[1:21]) < 1e-6
-    assert noise or found.sum() + expected[0] == pytest.approx(5, abs=1e-4)  # with delay 0: N
-
-
 def test_measured_capacity_is_the_linear_one_where_inputs_are_tiny():
-    flags = made(n_units=10, washout=200, train=6000, test=6000, input_scaling=.01, lag=40, density=.3)
+    flags = made(n_units=10, washout=200, fit=6000, test=6000, input_scaling=.01, lag=40, density=.3)
     W = torch.cat([exp.cycle(10, .9), exp.networks(first(flags, 2), flags)[0]])
     for ridge in (1e-6, .02):
         at = replace(flags, ridge=ridge)
@@ -279,23 +249,18 @@ def in_space(genes, flags):
 @pytest.mark.parametrize("w_in", ["redrawn", "evolved"])
 @pytest.mark.parametrize("genotype", GENOTYPES)
 def test_operators_keep_the_space(genotype, w_in):
-    for kind in ("mixed", *exp.KINDS[genotype]):
-        flags = made(genotype=genotype, w_in=w_in, n_units=8, inputs=3, mutation=kind, sigma=2., density=.3)
-        genes, evolved = first(flags, 40), w_in == "evolved"
-        assert genes.shape == (40, 8, (1 if genotype == "circulant" else 8) + evolved) and in_space(genes, flags)
-        assert not evolved or (genes[..., -1] != 0).all()
-        if genotype != "mask":
-            assert .35 < (genes[genes != 0] > 0).float().mean() < .65
-        children = exp.mutate(genes, flags, g())
-        assert in_space(children, flags) and not torch.equal(genes, children)
-        for crossover in ("row", "none") if genotype == "indegree" else ("row", "column", "block", "uniform", "none"):
-            at = replace(flags, crossover=crossover)
-            at.check()
-            assert in_space(exp.cross(children, children.flip(0), at, g()), at)
-        W, own = exp.networks(children, flags)
-        assert W.shape == (40, 8, 8) and (own is not None) == evolved
-        assert genotype != "circulant" or torch.equal(W.roll((1, 1), (1, 2)), W)
-        assert own is None or own.square().mean().sqrt() < exp.size_of_w_in(flags)
+    flags = made(genotype=genotype, w_in=w_in, n_units=8, inputs=3, sigma=2., density=.3)
+    genes, evolved = first(flags, 40), w_in == "evolved"
+    assert genes.shape == (40, 8, (1 if genotype == "circulant" else 8) + evolved) and in_space(genes, flags)
+    assert not evolved or (genes[..., -1] != 0).all()
+    if genotype != "mask":
+        assert .35 < (genes[genes != 0] > 0).float().mean() < .65
+    children = exp.mutate(genes, flags, g())
+    assert in_space(children, flags) and not torch.equal(genes, children)
+    assert in_space(exp.cross(children, children.flip(0), flags, g()), flags)
+    W, own = exp.networks(children, flags)
+    assert W.shape == (40, 8, 8) and own.isfinite().all() == evolved
+    assert genotype != "circulant" or torch.equal(W.roll((1, 1), (1, 2)), W)
 
 
 @pytest.mark.parametrize("edits", [0, 1, 3])
@@ -309,21 +274,14 @@ def test_a_child_has_one_edit_more_or_less(kind, each, edits):
     if edits == 0:
         assert not count.any()
         return
+    if kind == "gauss":
+        assert (b - a)[a != b].std().item() == pytest.approx(.3, rel=.25) and b.abs().max() <= 1
     assert count.max() == each * (edits + 1)  # two edits may meet, so the least is not sharp
     assert all(.22 < (count == each * n).float().mean() < .45 for n in (edits - 1, edits, edits + 1))
     if kind == "rewire":
         assert torch.equal(a.flatten(1).sort(1).values, b.flatten(1).sort(1).values)
     if kind == "toggle":
         assert abs(((b != 0).sum((1, 2)) - (a != 0).sum((1, 2))).float().mean()) < .2  # the density does not drift
-
-
-def test_noise_on_a_weight():
-    flags = made(n_units=20, mutation="gauss", edits=1, genotype="continuous", sigma=.05)
-    a = first(flags, 1).expand(2000, -1, -1)
-    b = exp.mutate(a, flags, g(7))
-    moved = (b - a)[(a != b) & (a.abs() < .8)]
-    assert moved.std().item() == pytest.approx(.05, rel=.1) and (a[a != b] != 0).all()
-    assert exp.mutate(a, replace(flags, sigma=5.), g(7)).abs().max() == 1
 
 
 @pytest.mark.parametrize("kind", ["row", "column", "block", "uniform", "none"])
@@ -357,9 +315,9 @@ def test_elites_survive_and_children_come_from_where_they_should(method):
     flags = made(method=method, population=8, elites=3, n_units=10)
     genes, loss = first(flags, 8), torch.tensor([5., 3, 8, 1, 1, 2, 6, 4]).double()
     new, elites = exp.breed(genes, loss, flags, g())
-    assert new.shape == genes.shape and torch.equal(new, exp.breed(genes, loss, flags, g())[0])
     if method == "shuffled":
-        assert len({int(exp.breed(genes, loss, flags, g(s))[1][0]) for s in range(200)}) == 7  # any but the second of two equal ones
+        kept = {int(exp.breed(genes, loss, flags, g(s))[1][0]) for s in range(200)}
+        assert len(kept) == 7  # any but the second of two equal ones
         return
     assert torch.equal(new[:3], genes[[3, 4, 5]]) and elites.tolist() == [3, 4, 5]  # of equal ones the first
     if method == "random":
@@ -372,7 +330,7 @@ def test_elites_survive_and_children_come_from_where_they_should(method):
 
 def searched(path, **fields):
     common.NOW.__init__(asked=False, seconds=common.Counter(), rows=[])
-    flags = made(**dict(population=12, n_units=12, density=.2, washout=30, train=200, test=150) | fields)
+    flags = made(**dict(population=12, n_units=12, density=.2, washout=30, fit=200, test=150) | fields)
     state, logs = exp.search(flags, path / "block0/checkpoint.pt")
     return state, {k: x.numpy() for k, x in common.stack(logs).items()}
 
@@ -385,21 +343,15 @@ def test_evolution_learns_and_shuffled_scores_do_not(tmp_path):
     assert gain["ga"] > .2 and gain["ga"] > gain["shuffled"] + .15
 
 
-@pytest.mark.parametrize("fields", [dict(), dict(task="narma10"), dict(method="mutation", w_in="evolved"), dict(elites=1)],
-                         ids=str)
+@pytest.mark.parametrize("fields", [dict(task="narma10"), dict(method="mutation", w_in="evolved")], ids=str)
 def test_the_best_never_gets_worse_and_its_logs_are_its_own(tmp_path, fields):
     state, logs = searched(tmp_path, steps=5, **fields)
-    flags = made(**dict(population=12, n_units=12, density=.2, washout=30, train=200, test=150) | fields)
-    assert (np.diff(logs["loss"]) <= 0).all()
+    flags = made(**dict(population=12, n_units=12, density=.2, washout=30, fit=200, test=150) | fields)
+    assert (np.diff(logs["loss"]) <= 0).all() and state["lowest"] == logs["loss"][-1]
     W, own = exp.networks(state["best"], flags)
     scores = {which: exp.on_seeds(W, own, flags, which).sum(2).mean().item() for which in ("fitness", "held_out")}
     assert -flags.better * scores["fitness"] == pytest.approx(logs["loss"][-1], rel=1e-5)
     assert scores["held_out"] == pytest.approx(logs["held_out"][-1], rel=1e-5)
-
-
-def test_what_is_not_selected_on_selects_nothing(tmp_path):
-    a, b = (searched(tmp_path / str(n), steps=4, held_out_seeds=n, final_seeds=n) for n in (1, 3))
-    assert torch.equal(a[0]["genes"], b[0]["genes"]) and not np.array_equal(a[1]["held_out"], b[1]["held_out"])
 
 
 def test_a_network_that_fails_on_one_seed_never_wins(tmp_path, monkeypatch):
@@ -430,7 +382,7 @@ class Look(TorchDispatchMode):
             if isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.ndim:
                 raise SystemExit(f"on the CPU: {{f}}")
         return out
-flags = exp.Flags(room=exp.Tasks, device="cpu", n_units=6, washout=200, train=450, test=200, compile="off", leak=.5)
+flags = exp.Flags(room=exp.Tasks, device="cpu", n_units=6, washout=200, fit=450, test=200, compile="off", leak=.5)
 with FakeTensorMode(), torch.no_grad():
     at = lambda *shape, dtype=torch.float32: torch.empty(shape, device="gpu", dtype=dtype)
     inputs = at(3, 6, 6), at(3, 2, 6), at(2, 850, dtype=torch.float64), at(2, 850, 4, dtype=torch.float64)
@@ -457,16 +409,8 @@ def test_references_are_ring_chain_and_random_networks():
     for i, W in enumerate([.7 * np.eye(6)[[5, *range(5)]], .7 * np.eye(6, k=-1)]):
         assert far(found[i], by_loop([W], w_in, u, y, flags)[0].mean(0)) < 1e-4
     assert found.shape == (4, 1) and found.isfinite().all()
-
-
-def test_permuted_weights_keep_values_and_radius(monkeypatch):
-    seen = []
-    monkeypatch.setattr(exp, "final_score", lambda W, own, flags: seen.append(W) or torch.zeros(1))
-    W = exp.rescaled(torch.randn(1, 9, 9, generator=g()), .8)
-    exp.permuted(W, None, made())
-    assert [top(V) for V in seen[0]] == pytest.approx([.8] * 4, rel=1e-4) and not (seen[0] == W).all((1, 2)).any()
-    ratio = seen[0].flatten(1).sort(1).values / W.flatten().sort().values
-    assert (ratio / ratio[:, :1] - 1).abs().max() < 1e-5
+    ring = exp.cycle(6, .7)
+    assert exp.permuted(ring, exp.PER_SEED, flags) != exp.final_score(ring, exp.PER_SEED, flags)
 
 
 def test_phases_find_a_ring():
@@ -491,44 +435,39 @@ def test_arrays_of_different_shapes_are_padded():
     rows = [dict(a=np.arange(3.), b=np.eye(2), c=np.array("x")), dict(a=np.arange(2.), b=np.eye(3), c=np.array("yy"))]
     found = exp.stacked(rows)
     assert found["a"].shape == (2, 3) and np.isnan(found["a"][1, 2]) and found["b"].shape == (2, 3, 3)
-    assert found["c"].tolist() == ["x", "yy"] and exp.last(found["a"]).tolist() == [2, 1] and exp.stacked([]) == {}
+    assert found["c"].tolist() == ["x", "yy"] and exp.last(found["a"]).tolist() == [2, 1]
+
+
+BETTER = dict(method="ga", genotype=("indegree", "circulant", "continuous"), raw=True, crossover="row",
+              mutation="mixed", w_in=("fixed", "evolved"), fitness_seeds=(2, 4, 8))
+WORSE = dict(genotype=("mask", "gaussian"))
 
 
 def planted(study, effect):
-    """Arrays of a search in which the first configuration of each claim is better by `effect` than the second."""
-    words = ["--study", common.study_name(study.__name__)]
-    flags = common.cli(exp.Flags, exp.STUDIES, words)
-    rows = []
-    for i, run_ in enumerate(sum(common.groups_of_runs(flags), [])):
-        jitter = .01 * np.sin(7. * i)
-        level = run_.better * effect * ((run_.method == "ga") + 2 * (run_.genotype in ("indegree", "circulant", "continuous"))
-                                        - 2 * (run_.genotype == "mask") + 2 * run_.raw + (run_.w_in == "fixed")
-                                        + 2 * (run_.w_in == "evolved") + (run_.fitness_seeds > 1)
-                                        - 5 * (run_.genotype == "gaussian")
-                                        + (run_.crossover == "row") * (run_.mutation == "mixed"))
-        score = 20 + level + jitter
-        row = {name: np.array(getattr(run_, name)) for name in exp.OWN} | dict(
-            better=np.array(run_.better), final=score + .05 * run_.better * np.arange(-1., 2), W=np.eye(3),
-            held_out=20 + run_.better * (effect * (1 + (run_.method == "ga") + .1 * run_.fitness_seeds) * np.arange(3.)
-                                         + jitter),
-            loss=-run_.better * 20 - np.array([0., 1., 2.5]) * (3 if effect < 0 else 1.5) - jitter)
+    """Arrays in which the first configuration of each claim is better by about `effect` than the second."""
+    flags = common.cli(exp.Flags, exp.STUDIES, ["--study", common.study_name(study.__name__)])
+    rows, time = [], np.arange(3.)
+    among = lambda run, wanted: sum(getattr(run, k) in np.atleast_1d(v).tolist() for k, v in wanted.items())
+    for i, one in enumerate(sum(common.groups_of_runs(flags), [])):
+        level = effect * (among(one, BETTER) + (one.genotype in BETTER["genotype"]) - 5 * among(one, WORSE) + (one.w_in == "evolved"))
+        gain, jitter = one.better * effect, .01 * np.sin(7. * i)
+        score = 20 + one.better * level + jitter
+        growth = gain * (1 + (one.method == "ga") + .1 * one.fitness_seeds)
+        row = {name: np.array(getattr(one, name)) for name in exp.OWN} | dict(
+            better=np.array(one.better), final=score + .05 * np.arange(-1., 2), W=np.eye(3), plain=np.full(4, 20.),
+            held_out=20 + growth * time + jitter, loss=-one.better * 20 - 3 * time - jitter,
+            scaled=np.full(4, 20. + jitter), linear=np.full(1, score + 9 * effect),
+            transfer=20 + effect * np.array([1, -1, -1, -1]) + jitter)
         for name in "unselected", "permuted", "rescaled", "radius_only":
-            row[name] = np.array(score - run_.better * effect * (3 if name == "unselected" else 1) + jitter / 3)
-        row |= dict(scaled=np.full(4, 20. + jitter), ring=np.full(4, 20. + effect * run_.better), transfer=np.full(4, 20.),
-                    chain=np.full(4, 20. + effect * run_.better), plain=np.full(4, 20.), by_target=np.full(6, .5),
-                    W_in=np.ones((2, 3)))
-        way = np.array([1, -1, -1, -1])
-        row["transfer"] = row["transfer"] + effect * way + jitter
+            row[name] = score - gain * (3 if name == "unselected" else 1) + jitter / 3
         rows.append(row)
-    arrays = exp.stacked(rows)
-    arrays["reference"] = np.full((4, 1), 20. - effect * arrays["better"][0])
-    return arrays
+    no_search = dict(ring=np.full(4, 20. + gain), chain=np.full(4, 20. + gain))
+    return exp.stacked(rows) | no_search | {"reference": np.full((4, 1), 20. - gain)}
 
 
 @pytest.mark.parametrize("study", [s for s in exp.STUDIES if issubclass(s, exp.Searched)], ids=lambda s: s.__name__)
-def test_claims_follow_their_sentences(study, monkeypatch):
+def test_claims_follow_their_sentences(study):
     """Planted gains hold, planted losses are FALSE; with four repetitions nothing is decided."""
-    monkeypatch.setattr(exp.Topology, "linear", lambda arrays, r: [np.array([arrays["final"].mean(1)[r] + 9 * sign])])
     about_luck = {"mostly-luck", "luck-1", "luck-8", "more-seeds-less-luck", "not-stable", "control-gains", "radius-most"}
     verdicts = {}
     for sign in 1, -1:
@@ -537,7 +476,7 @@ def test_claims_follow_their_sentences(study, monkeypatch):
         assert verdicts[1][id] is True, id
         assert verdicts[-1][id] is not True, id
     arrays = planted(study, 1.)
-    few = {k: x if k == "reference" else x[arrays["seed"] < 4] for k, x in arrays.items()}
+    few = {k: x[arrays["seed"] < 4] if len(x) == len(arrays["seed"]) else x for k, x in arrays.items()}
     assert all(holds is None for holds in judged(study, few).values())
 
 
@@ -553,7 +492,7 @@ def test_luck_is_what_held_out_seeds_do_not_see():
 
 @pytest.mark.parametrize("study", [s for s in exp.STUDIES if issubclass(s, exp.Searched)], ids=lambda s: s.__name__)
 def test_the_ledger_has_every_claim(study):
-    found = judged(study, planted(study, 1.)) if study is not exp.Topology else {"wiring-ga", "wiring-random", "tanh-costs"}
+    found = judged(study, planted(study, 1.))
     assert ledger("esn_genetic", common.study_name(study.__name__), study is exp.STUDIES[0]).keys() == {*found}
 
 
@@ -562,7 +501,7 @@ def test_the_ledger_has_every_claim(study):
 def test_the_score_of_a_file_is_that_of_its_W(tmp_path):
     W = exp.rescaled(torch.randn(2, 7, 7, generator=g()), .8).numpy()
     np.savez(tmp_path / "w.npz", W=W, W_in=.1 * np.ones((2, 7)))
-    line = f"--study score --weights {tmp_path / 'w.npz'} --final-seeds 2 --washout 20 --train 60 --test 40 --ridge .1"
+    line = f"--study score --weights {tmp_path / 'w.npz'} --final-seeds 2 --washout 20 --fit 60 --test 40 --ridge .1"
     assert run(exp, line, tmp_path / "r") == 0
     arrays, flags = common.read(tmp_path / "r/arrays.npz"), made(n_units=7, ridge=.1)
     _, u, y = exp.data(flags, exp.seeds_of(flags, "final"))
@@ -570,21 +509,10 @@ def test_the_score_of_a_file_is_that_of_its_W(tmp_path):
     assert arrays["spectral_radius"] == pytest.approx([.8, .8], rel=1e-4)
 
 
-def test_a_searchs_champions_are_scored_alike(tmp_path):
-    assert run(exp, "--smoke --study topology", tmp_path / "a") == 0
-    line = f"--study score --weights {tmp_path / 'a/arrays.npz'} --final-seeds 2 --washout 30 --train 60 --test 40"
-    assert run(exp, line, tmp_path / "b") == 0
-    assert common.load(tmp_path / "a").params["W"].shape == (2, 8, 8)
-    W_in = common.read(tmp_path / "a/arrays.npz")["W_in"]
-    flags = made(n_units=8)
-    scores = exp.evaluate(torch.from_numpy(common.read(tmp_path / "a/arrays.npz")["W"]), torch.from_numpy(W_in[:, :1]),
-                          *exp.data(replace(flags, washout=30), exp.seeds_of(flags, "final"))[1:], replace(flags, washout=30))
-    assert far(common.read(tmp_path / "b/arrays.npz")["final"], scores.sum(2)) < 1e-4
-
-
 @pytest.mark.parametrize("content", [None, b"", b"no npz", dict(V=np.eye(3)), dict(W=np.eye(3)[:2]), dict(W=np.eye(1)),
                                      dict(W=np.full((3, 3), np.nan)), dict(W=np.eye(3).astype(object)), dict(W=np.array(["a"])),
-                                     dict(W=np.eye(3), W_in=np.ones(2)), dict(W=np.zeros((0, 3, 3)))], ids=str)
+                                     dict(W=np.eye(3), W_in=np.ones(2)), dict(W=np.zeros((0, 3, 3))),
+                                     dict(W=np.eye(3), W_in=np.full(3, np.inf)), b"PK\x03\x04 a broken zip"], ids=str)
 def test_bad_files_are_one_line(tmp_path, tmp_path_factory, content, refused):
     path = tmp_path_factory.mktemp("files") / "w.npz"
     if isinstance(content, dict):
@@ -596,9 +524,10 @@ def test_bad_files_are_one_line(tmp_path, tmp_path_factory, content, refused):
 
 @pytest.mark.parametrize("line, words", [
     ("--task lorenz", "knows --task memory alone"), ("--elites 20", "--elites must be"), ("--tournament 21", "--tournament"),
-    ("--study spaces --genotype indegree --inputs 51", "--inputs at most"), ("--n-units 1", "from 2"), ("--lag -1", "from 0"),
-    ("--study spaces --genotype indegree --crossover column", "--crossover row or none"), ("--density 2", "from 0"),
-    ("--mutation gauss", "has --mutation mixed, toggle"), ("--weights x", "does not read"), ("--study score", "--weights"),
+    ("--study spaces --genotype indegree --inputs 51", "--inputs must be"), ("--n-units 1", "from 2"), ("--lag -1", "from 0"),
+    ("--study spaces --genotype circulant --crossover column", "--crossover row or none"),
+    ("--study seed-problem --fitness-seeds 3", "leave it out"), ("--evals 5", "does not read"), ("--density 2", "from 0"),
+    ("--mutation gauss", "has no --mutation gauss"), ("--weights x", "does not read"), ("--study score", "--weights"),
     ("--study score --population 5", "does not read")])
 def test_bad_flags_are_one_line(line, words, refused):
     assert words in refused(exp, line)

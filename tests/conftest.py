@@ -1,4 +1,4 @@
-"""What tests share. The ordinary tests run on the CPU everywhere; test_cuda.py alone sees a card (pytest -m cuda)."""
+"""What tests share. The ordinary ones run on the CPU everywhere; test_cuda.py sees a card (-m cuda)."""
 import contextlib
 import importlib
 import os
@@ -15,7 +15,8 @@ import pytest
 import common
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["exp_addition", "exp_esn_genetic", "exp_gpt2_paths", "exp_iteration_head", "exp_layernorm_landscape",
+SCRIPTS = ["exp_addition", "exp_esn_genetic", "exp_gpt2_paths", "exp_iteration_head",
+           "exp_layernorm_landscape",
            "exp_ngram_superposition"]
 LEARN = [name for name in SCRIPTS if name != "exp_esn_genetic"]  # by gradients, with common.train
 TRAINS = {name: "--steps 230 --block 2 --snapshots" for name in LEARN} | {"exp_esn_genetic": "--steps 4"}
@@ -36,13 +37,15 @@ def exp(request):
 
 def arrays_of(path):
     """Every number that a run leaves, by file."""
-    return {f"{file.relative_to(path)} {k}": v for file in sorted(path.rglob("*.npz")) for k, v in np.load(file).items()}
+    found = {file.relative_to(path): np.load(file) for file in sorted(path.rglob("*.npz"))}
+    return {f"{name} {k}": v for name, arrays in found.items() for k, v in arrays.items()}
 
 
 def alike(a, b):
     """Whether two run folders hold the same bits."""
     x, y = arrays_of(a), arrays_of(b)
-    return x.keys() == y.keys() and all(np.array_equal(x[k], y[k], equal_nan=x[k].dtype.kind == "f") for k in x)
+    return x.keys() == y.keys() and all(np.array_equal(x[k], y[k],
+                                                       equal_nan=x[k].dtype.kind == "f") for k in x)
 
 
 def run(exp, line, path=None):
@@ -71,15 +74,17 @@ def judged(study, arrays):
 
 
 def ledger(experiment, study, is_default=False):
-    """{id: verdict} of a study in figures/, whose heading (and, of a default study, README) has the counts of the verdicts."""
-    text = "# \n".join(path.read_text() for path in (ROOT / "figures").glob("*.md") if path.name != "ledger.md")
+    """{id: verdict} of a study in figures/, whose heading (of a default study README, too) has their counts."""
+    pages = [path.read_text() for path in (ROOT / "figures").glob("*.md") if path.name != "ledger.md"]
+    text = "# \n".join(pages)
     heading, section = re.search(rf"### {experiment}, {study}: (.*)\n((?:\n|\|.*\n)+)", text).groups()
     rows = dict(re.findall(r"(?m)^\| (\S+) \| .* \| (\w+) \|$", section))
     found = {id: verdict for id, verdict in rows.items() if id not in ("claim", "---")}
     counts = [[*found.values()].count(verdict) for verdict in ("holds", "FALSE", "open")]
     assert "{} holds, {} FALSE, {} open".format(*counts) in heading
     if is_default:
-        row = "| {}, {} ({} runs) | {} | {} | {} |".format(experiment, study, heading.split()[0], *counts)
+        row = "| {}, {} ({} runs) | {} | {} | {} |".format(experiment, study, heading.split()[0],
+                                                           *counts)
         assert row in (ROOT / "README.md").read_text()
     return found
 
@@ -97,6 +102,7 @@ def interrupted(after):
             return real(*args)
         return call
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in (common.Program, "__call__"), (importlib.import_module("exp_esn_genetic"), "step"):
+        for owner, name in (common.Program, "__call__"), (importlib.import_module("exp_esn_genetic"),
+                                                          "step"):
             patch.setattr(owner, name, counted(getattr(owner, name)))
         yield calls

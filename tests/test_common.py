@@ -20,7 +20,7 @@ from conftest import ROOT, run
 M = 2 ** 32 - 1
 
 
-# ---- random numbers -------------------------------------------------------------------------------------------------
+# ---- random numbers -----------------------------------------------------------------------------------
 
 def mix(x):
     """The mixer in numpy's unsigned integers."""
@@ -42,10 +42,12 @@ def reference(seed, stream, step, count):
 
 
 def keys(seeds, steps, stream=0):
-    return torch.vmap(lambda s, t: torch.stack(common.key(s, stream, t)))(torch.as_tensor(seeds), torch.as_tensor(steps))
+    both = torch.vmap(lambda s, t: torch.stack(common.key(s, stream, t)))
+    return both(torch.as_tensor(seeds), torch.as_tensor(steps))
 
 
-@pytest.mark.parametrize("seed, stream, step", [(0, 0, 0), (7, 3, 12345), (2 ** 62, 1, 2 ** 31), (2 ** 40 + 5, 0, 99)])
+@pytest.mark.parametrize("seed, stream, step",
+                         [(0, 0, 0), (7, 3, 12345), (2 ** 62, 1, 2 ** 31), (2 ** 40 + 5, 0, 99)])
 def test_hashes_are_numpys(seed, stream, step):
     found = common.hashes(common.key(torch.tensor(seed), stream, torch.tensor(step)), 1000)
     assert np.array_equal(found.numpy().astype(np.uint64), reference(seed, stream, step, 1000))
@@ -89,22 +91,26 @@ def test_generators_differ_and_are_the_same_in_every_process():
     draw = lambda *key: tuple(torch.rand(4, generator=common.generator(*key)).tolist())
     assert len({draw(*key) for key in itertools.product((0, 1, 11), ("init", "eval"))}) == 6
     code = "import common, torch; print(torch.rand(4, generator=common.generator(1, 'init')).tolist())"
-    assert tuple(json.loads(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT))) == draw(1, "init")
+    assert tuple(json.loads(subprocess.check_output([sys.executable, "-c", code],
+                                                    cwd=ROOT))) == draw(1, "init")
 
 
-# ---- optimiser, flags, runs -----------------------------------------------------------------------------------------
+# ---- optimiser, flags, runs ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("names, theirs", [(["lr", "beta1", "beta2", "eps"], torch.optim.Adam),
-                                           (["lr", "weight_decay", "beta1", "beta2", "eps"], torch.optim.AdamW)])
+                                           (["lr", "weight_decay", "beta1", "beta2", "eps"],
+                                            torch.optim.AdamW)])
 def test_adamw_is_torchs(names, theirs):
-    values = dict(lr=[.1, .01], weight_decay=[.1, 1.], eps=[1e-8, 1e-3], beta1=[.9, 0.], beta2=[.999, .9])
+    values = dict(lr=[.1, .01], weight_decay=[.1, 1.], eps=[1e-8, 1e-3], beta1=[.9, 0.],
+                  beta2=[.999, .9])
     g = torch.Generator().manual_seed(0)
-    first = {k: torch.randn(2, *s, generator=g, dtype=torch.float64) for k, s in dict(w=(4, 2), c=()).items()}
+    first = {"w": torch.randn(2, 4, 2, generator=g).double(), "c": torch.randn(2, generator=g).double()}
     grads = lambda p, t: {k: torch.sin(x + t) + .1 * x for k, x in p.items()}
     hyper = {n: torch.tensor(values[n], dtype=torch.float64) for n in names}
     params, state = first, common.stack([common.adam_init(common.run_of(first, 0))] * 2)
+    update = torch.vmap(lambda p, g, s, h: common.adamw(p, g, s, **h))
     for t in range(20):
-        params, state = torch.vmap(lambda p, g, s, h: common.adamw(p, g, s, **h))(params, grads(params, t), state, hyper)
+        params, state = update(params, grads(params, t), state, hyper)
     for r in range(2):
         expected, options = {k: x[r].clone() for k, x in first.items()}, {n: values[n][r] for n in names}
         betas = options.pop("beta1"), options.pop("beta2")
@@ -134,7 +140,8 @@ class One(common.Study):
     smoke = dict(steps=5)
 
     def compute(flags, folder):
-        return dict(x=[flags.d_model, flags.lr, flags.mlp, flags.text, flags.runs, flags.seed, flags.steps, flags.sweep])
+        return dict(x=[flags.d_model, flags.lr, flags.mlp, flags.text, flags.runs, flags.seed,
+                       flags.steps, flags.sweep])
 
     def draw_x(arrays, flags):
         return None
@@ -150,7 +157,8 @@ def cli(line=""):
 def test_flags_are_read():
     f = cli("--steps 1e4 --d_model 64 --no-mlp --lr=3e-3")
     assert (f.steps, f.d_model, f.mlp, f.lr) == (10000, 64, False, 3e-3) and type(f.steps) is int
-    assert cli("--no-mlp --mlp").mlp and common.plain_flags(cli("--d-model 64")) == common.plain_flags(cli("--d_model 64"))
+    assert cli("--no-mlp --mlp").mlp
+    assert common.plain_flags(cli("--d-model 64")) == common.plain_flags(cli("--d_model 64"))
     assert [cli(s).steps for s in ("", "--smoke", "--smoke --steps 9")] == [7, 5, 9]
     assert type(cli("--lr 3").lr) is float and cli("--sweep d_model=2,4").sweep == ["d_model=2,4"]
     assert [r.lr for r, in common.groups_of_runs(cli("--lr 3"))] == [3]
@@ -167,19 +175,24 @@ def test_folders_are_named_by_the_flags_that_are_given(tmp_path, monkeypatch):
     def path(*line):
         with common.opened(common.cli(Flags, STUDIES, line), Path(__file__)) as path:
             return str(path)
-    assert path() == "runs/test_common/one" and path("--d-model", "64", "--force") == "runs/test_common/one_d_model=64"
-    assert path("--name", "mine") == "runs/test_common/mine" and path("--out", "~/x") == str(tmp_path / "x")
+    assert path() == "runs/test_common/one"
+    assert path("--d-model", "64", "--force") == "runs/test_common/one_d_model=64"
+    assert path("--name", "mine") == "runs/test_common/mine"
+    assert path("--out", "~/x") == str(tmp_path / "x")
     assert len(Path(path("--text", "é/" + "x" * 500)).name.encode()) < 100
 
 
 def test_runs_of_one_shape_are_one_group():
-    flags = common.cli(exp.Flags, exp.STUDIES, "--digit 0 --seed 5 --runs 8 --sweep weight_decay=0,0.25,1 d_model=16,32".split())
+    flags = common.cli(exp.Flags, exp.STUDIES,
+                       "--digit 0 --seed 5 --runs 8 --sweep weight_decay=0,0.25,1 d_model=16,32".split())
     groups = common.groups_of_runs(flags)
     assert [{r.d_model for r in g} for g in groups] == [{16}, {32}]
-    assert all([(r.weight_decay, r.seed) for r in g] == list(itertools.product([0, .25, 1], range(5, 13))) for g in groups)
+    expected = list(itertools.product([0, .25, 1], range(5, 13)))
+    assert all([(r.weight_decay, r.seed) for r in g] == expected for g in groups)
     assert common.numbers(groups[0])["seed"].tolist() == [*range(5, 13)] * 3
     sweep = common.cli(exp.Flags, exp.STUDIES, "--study sweep --runs 1 --digit 1".split())
-    assert {r.digit for g in common.groups_of_runs(sweep) for r in g} == {1}  # a flag on the command line keeps its value
+    # a flag on the command line keeps its value
+    assert {r.digit for g in common.groups_of_runs(sweep) for r in g} == {1}
 
 
 def test_marks():
@@ -191,10 +204,11 @@ def test_blocks_follow_from_shapes_alone():
     for d in 2, 16, 64, 128:
         flags = exp.Flags(d_model=d, n_heads=2, device="cpu")
         sizes[d] = common.block_size(flags, exp.start(flags)["params"], {}, 0)
-    assert sizes == {2: 16, 16: 4, 64: 1, 128: 1} and common.block_size(flags, exp.start(flags)["params"], {}, 2 ** 20) == 256
+    assert sizes == {2: 16, 16: 4, 64: 1, 128: 1}
+    assert common.block_size(flags, exp.start(flags)["params"], {}, 2 ** 20) == 256
 
 
-# ---- the run folder -------------------------------------------------------------------------------------------------
+# ---- the run folder -----------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -204,26 +218,31 @@ def finished(tmp_path_factory):
 
 
 def test_files_of_a_run(finished):
-    for name in "config.json metrics.npz arrays.npz snapshots.npz summary.csv summary.json checkpoint.pt script.py common.py".split():
+    names = "config.json metrics.npz arrays.npz snapshots.npz summary.csv summary.json checkpoint.pt"
+    for name in names.split():
         common.read(finished / name)
     saved, metrics = common.read(finished / "checkpoint.pt"), common.read(finished / "metrics.npz")
     assert saved["step"].tolist() == [20] * 4 and saved["params"]["W_E"].shape == (4, 12, 8)
     assert saved["number"]["digit"].tolist() == [0, 0, 1, 1]
     assert metrics["loss"].shape == (20, 4) and metrics["step"].tolist() == [*range(1, 21)]
     assert common.read(finished / "snapshots.npz")["W_E"].shape == (3, 4, 12, 8)
-    assert {"compiling", "evaluating", "stepping"} <= common.read(finished / "config.json")["seconds"].keys()
-    assert (finished / "summary.csv").read_text().startswith("seed,digit,finished,diverged,loss,grad_norm,eval_loss,eval_accuracy")
+    assert {"compiling", "evaluating",
+            "stepping"} <= common.read(finished / "config.json")["seconds"].keys()
+    first = (finished / "summary.csv").read_text().splitlines()[0]
+    assert first == "seed,digit,finished,diverged,loss,grad_norm,eval_loss,eval_accuracy"
 
 
 def test_a_notebook_opens_a_run(finished):
     made = common.load(finished)
-    logits = exp.forward(common.run_of(made.params, 0), torch.zeros(1, 12, dtype=torch.int64), made.flags.n_heads)
+    logits = exp.forward(common.run_of(made.params, 0), torch.zeros(1, 12, dtype=torch.int64),
+                         made.flags.n_heads)
     assert logits.shape == (1, 12, 12) and made.arrays["loss"].shape == (20, 4)
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     common.write(tmp_path / "a.json", [1])
-    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(Path, "replace",
+                        lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         common.write(tmp_path / "a.json", [2])
     assert common.read(tmp_path / "a.json") == [1]
@@ -248,8 +267,10 @@ def test_a_file_is_accepted_after_kills_between_its_checksum_and_itself(tmp_path
 
 
 def test_a_finished_run_says_so_and_other_flags_are_refused(finished, capsys):
-    assert run(exp, "--smoke --compile off --snapshots", finished) == 0 and "finished already" in capsys.readouterr().out
-    assert run(exp, "--smoke --lr .1 --snapshots", finished) == 2 and "lr 0.001 -> 0.1" in capsys.readouterr().err
+    assert run(exp, "--smoke --compile off --snapshots", finished) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert run(exp, "--smoke --lr .1 --snapshots", finished) == 2
+    assert "lr 0.001 -> 0.1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("files", [["thesis.tex"], ["config.json"]])
@@ -263,24 +284,29 @@ def test_a_foreign_folder_is_left_alone(files, tmp_path, capsys):
 def test_a_diverged_run_is_marked_and_its_neighbour_untouched(tmp_path, capsys):
     line = "--smoke --compile off --digit 0 --runs 1 --sweep lr=1e-3,1e30 --steps 40"
     assert run(exp, line, tmp_path / "r") == 0 and "1 of 2 runs diverged" in capsys.readouterr().out
-    assert run(exp, "--smoke --compile off --digit 0 --runs 1 --steps 40 --lr 1e-3", tmp_path / "one") == 0
+    assert run(exp, "--smoke --compile off --digit 0 --runs 1 --steps 40 --lr 1e-3",
+               tmp_path / "one") == 0
     two, one = (np.load(tmp_path / name / "metrics.npz")["loss"] for name in ("r", "one"))
     assert np.array_equal(two[:, :1], one) and np.isnan(two[-1, 1])
 
 
-# ---- claims and finished runs ----------------------------------------------------------------------------------------
+# ---- claims and finished runs -------------------------------------------------------------------------
 
 def test_a_verdict_follows_from_its_relation():
     def holds(measured, relation, bound):
         return common.judge("id", "text", "source", measured, relation, bound)["holds"]
-    assert holds(np.array([1, 2, 3, 9.]), "<", 5) is True and holds(np.array([1, 9, 9, 9.]), "<", 5) is False
+    assert holds(np.array([1, 2, 3, 9.]), "<", 5) is True
+    assert holds(np.array([1, 9, 9, 9.]), "<", 5) is False
     assert holds(np.array([1, 9.]), "<", 50) is None and holds(np.array([1, 1, 9, 9.]), "<", 5) is None
-    assert holds(np.array([1, 2, 3, np.nan]), "<", 5) is True and holds(np.array([1, 2, np.nan, np.nan]), "<", 5) is None
+    assert holds(np.array([1, 2, 3, np.nan]), "<", 5) is True
+    assert holds(np.array([1, 2, np.nan, np.nan]), "<", 5) is None
     assert holds(np.array([np.inf] * 3), "in", (math.inf, math.inf)) is True
-    assert holds((1.5, 1.4, 1.6), "in", (1.3, 1.75)) is True and holds((1.76, 1.67, 1.82), "in", (1.3, 1.75)) is None
+    assert holds((1.5, 1.4, 1.6), "in", (1.3, 1.75)) is True
+    assert holds((1.76, 1.67, 1.82), "in", (1.3, 1.75)) is None
     assert holds((2., 1.9, 2.1), "in", (1.3, 1.75)) is False and holds(.957, "<", 2.3) is True
     words = common.judge("id", "text", "source", np.array([1., np.inf, np.nan]), "<", 5)
-    assert words["expected"] == "< 5" and "never" in words["measured"] and "2 of 3 runs" in words["measured"]
+    assert words["expected"] == "< 5" and "never" in words["measured"]
+    assert "2 of 3 runs" in words["measured"]
 
 
 def test_claims_are_judged_for_the_studys_own_settings_alone(capsys):
@@ -302,9 +328,13 @@ def test_tools_on_finished_runs(finished, tmp_path, monkeypatch, capsys):
     common.claims(str(tmp_path / "t"))
     common.report(str(finished), str(tmp_path / "t"))
     said, page = capsys.readouterr().out, (tmp_path / "runs/report.html").read_text()
-    assert (tmp_path / "runs/compare.png").exists() and "| tens-at-log2 |" in said and "0 holds, 1 FALSE, 0 open" in said
+    assert (tmp_path / "runs/compare.png").exists() and "| tens-at-log2 |" in said
+    assert "0 holds, 1 FALSE, 0 open" in said
     assert page.count("<img") == 4 and "tens-at-log2" in page and "<script" not in page
-    for line, words in ("nonsense", "compare RUN"), ("", "compare RUN"), ("claims nowhere", "No such file"), ("fork x", "fork exp_a"), \
-            (f"fork {ROOT / 'exp_addition.py'} exp_b.py nonsense", "the studies of"):
-        done = subprocess.run([sys.executable, str(ROOT / "common.py"), *line.split()], capture_output=True, text=True)
+    wrong = {"nonsense": "compare RUN", "": "compare RUN", "claims nowhere": "No such file",
+             "fork x": "fork exp_a",
+             f"fork {ROOT / 'exp_addition.py'} exp_b.py nonsense": "the studies of"}
+    for line, words in wrong.items():
+        done = subprocess.run([sys.executable, str(ROOT / "common.py"), *line.split()],
+                              capture_output=True, text=True)
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, line

@@ -8,7 +8,8 @@ import torch
 import common
 from conftest import STUDIES, alike, arrays_of, interrupted, run
 
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [pytest.mark.cuda,
+              pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 CARD = "--smoke --device cuda --save-every 0 --steps 230"
 
 
@@ -36,7 +37,8 @@ def programs(exp, line, tmp, dtype=torch.float32):
 @pytest.mark.parametrize("name, study", STUDIES, ids=str)
 def test_a_study_runs_compiled(name, study, tmp_path):
     exp = importlib.import_module(name)
-    assert run(exp, f"--smoke --device cuda --compile on --study {common.study_name(study.__name__)}", tmp_path / "r") == 0
+    assert run(exp, f"--smoke --device cuda --compile on --study {common.study_name(study.__name__)}",
+               tmp_path / "r") == 0
     assert all(compiled for compiled, *_ in common.read(tmp_path / "r/config.json")["compiled"])
 
 
@@ -57,7 +59,8 @@ def test_captured_is_compiled_bit_for_bit(exp, tmp_path):
     del card.once  # compiled, not captured
     compiled = card(50)
     assert all(torch.equal(captured[k], compiled[k]) for k in captured)
-    assert all(torch.equal(a, b) for a, b in zip(state["params"].values(), card.state["params"].values()))
+    assert all(torch.equal(a, b) for a, b in zip(state["params"].values(),
+                                                 card.state["params"].values()))
 
 
 def test_a_read_is_so_many_graph_launches_and_nothing_waits(exp, tmp_path):
@@ -84,7 +87,8 @@ def test_bits_do_not_depend_on_company_or_cuts(exp, runs, tmp_path):
     assert alike(tmp_path / "a", tmp_path / "b")
     with interrupted(after=3):
         assert run(exp, f"{CARD} --runs {runs}", tmp_path / "cut") == 130
-    assert run(exp, f"{CARD} --runs {runs} --resume", tmp_path / "cut") == 0 and alike(tmp_path / "a", tmp_path / "cut")
+    assert run(exp, f"{CARD} --runs {runs} --resume", tmp_path / "cut") == 0
+    assert alike(tmp_path / "a", tmp_path / "cut")
     assert run(exp, f"{CARD} --runs 1 --seed {runs - 1}", tmp_path / "last") == 0
     many, one = (arrays_of(tmp_path / n) for n in ("a", "last"))
     for k in [k for k in many if k.endswith("metrics.npz loss")]:
@@ -106,7 +110,8 @@ def test_small_losses_are_exact():
     exp = importlib.import_module("exp_addition")
     logits = torch.tensor([[0., 60., -5.], [0., 69., 0.]], device="cuda")
     expected = torch.tensor([8.75651e-27, 2 * 1.08064e-30], device="cuda")
-    torch.testing.assert_close(exp.nll(logits, torch.tensor([1, 1], device="cuda")), expected, rtol=1e-2, atol=0)
+    torch.testing.assert_close(exp.nll(logits, torch.tensor([1, 1], device="cuda")), expected, rtol=1e-2,
+                               atol=0)
     assert not torch.backends.cuda.matmul.allow_tf32
 
 
@@ -123,5 +128,6 @@ def test_memory_is_at_most_a_quarter_over_the_plan(tmp_path):
 
 
 def test_too_little_memory_ends_in_one_line(tmp_path, capsys):
-    assert run(importlib.import_module("exp_addition"), "--smoke --device cuda --batch 1e9", tmp_path / "r") == 2
+    assert run(importlib.import_module("exp_addition"), "--smoke --device cuda --batch 1e9",
+               tmp_path / "r") == 2
     assert "out of memory" in capsys.readouterr().err

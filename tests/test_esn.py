@@ -1,4 +1,4 @@
-"""The science of exp_esn_genetic.py: laws, the batched recurrence, the operators, the search, its measures and its claims."""
+"""The science of exp_esn_genetic.py: laws, recurrence, readout, operators, search, measures, claims."""
 import itertools
 import math
 import subprocess
@@ -18,7 +18,8 @@ SEEDS = dict(fitness_seeds=2, held_out_seeds=2, final_seeds=2)
 
 
 def made(**fields):
-    small = dict(n_units=6, density=.5, washout=20, fit=60, test=40, lag=0, device="cpu", room=exp.Tasks) | SEEDS
+    small = dict(n_units=6, density=.5, washout=20, fit=60, test=40, lag=0, device="cpu",
+                 room=exp.Tasks) | SEEDS
     flags = exp.Flags(**small | fields)
     flags.lag = flags.lag or (3 if flags.task in ("mackey-glass", "lorenz") else 0)
     return flags
@@ -62,10 +63,11 @@ def plain(W, w_in, u, y, flags):
 
 def by_loop(W, w_in, u, y, flags):
     w_in = np.broadcast_to(w_in, (len(W), *np.shape(w_in)[-2:]))
-    return np.array([[plain(V, w_in[p, s], u[s], y[s], flags) for s in range(len(u))] for p, V in enumerate(W)])
+    return np.array([[plain(V, w_in[p, s], u[s], y[s],
+                            flags) for s in range(len(u))] for p, V in enumerate(W)])
 
 
-# ---- the batched recurrence and readout ------------------------------------------------------------------------------
+# ---- the batched recurrence and readout ---------------------------------------------------------------
 
 CASES = [dict(genotype="ternary", leak=.3), dict(genotype="continuous", task="narma10", w_in="evolved"),
          dict(genotype="circulant", task="lorenz", w_in="fixed", raw=True),
@@ -81,7 +83,8 @@ def test_batched_is_one_by_one_is_a_loop(fields):
         values = exp.on_seeds(W, own, flags, "final")
         w_in, u, y = exp.data(flags, exp.seeds_of(flags, "final"))
         own_or_drawn = w_in if flags.w_in == "redrawn" else own[:, None].expand(3, 2, 6)
-        assert values.dtype == torch.float64 and far(values, by_loop(W, own_or_drawn, u, y, flags)) < least
+        assert values.dtype == torch.float64
+        assert far(values, by_loop(W, own_or_drawn, u, y, flags)) < least
         fortran = torch.from_numpy(np.asfortranarray(W.numpy()))
         assert torch.equal(exp.on_seeds(fortran, own, flags, "final"), values)
 
@@ -99,19 +102,22 @@ def test_blocks_of_time_and_of_networks_change_nothing(monkeypatch, task):
 
 def test_a_singular_gram_matrix_without_a_ridge_is_flagged_and_its_neighbours_are_not():
     gram = torch.stack([torch.eye(3), torch.zeros(3, 3)])[None].double()
-    readout, _ = exp.ridge(gram, torch.zeros(1, 2, 3, 2).double(), torch.zeros(1, 9, 1).double(), made(ridge=0.))
+    readout, _ = exp.ridge(gram, torch.zeros(1, 2, 3, 2).double(), torch.zeros(1, 9, 1).double(),
+                           made(ridge=0.))
     assert readout[0, 0].isfinite().all() and readout[0, 1].isnan().all()
     moments = torch.full((3, 1, 2, 4), math.nan).double()
     assert exp.scores_of(moments, randn(1, 40, 4), made()).isnan().all()
 
 
-@pytest.mark.parametrize("fields", [dict(radius=0.), dict(density=0.), dict(density=0., raw=True), dict(leak=0.)], ids=str)
+@pytest.mark.parametrize("fields", [dict(radius=0.), dict(density=0.), dict(density=0., raw=True),
+                                    dict(leak=0.)], ids=str)
 def test_networks_without_recurrence_are_finite(fields):
     flags = made(**fields)
     assert exp.on_seeds(*exp.networks(first(flags), flags), flags, "fitness").isfinite().all()
 
 
-turned = lambda a, r=1.: r * torch.tensor([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]]).double()
+turned = lambda a, r=1.: r * torch.tensor([[math.cos(a), -math.sin(a)],
+                                           [math.sin(a), math.cos(a)]]).double()
 RADII = {"rotation": (torch.block_diag(turned(.7, 2.), turned(2., .5), torch.eye(3)), 2.),
          "far from normal": (torch.eye(9).double() / 10 + torch.diag(torch.ones(8), 1), .1),
          "underflows": (torch.eye(50).double() / 1000 + torch.diag(torch.ones(49), 1), 0),
@@ -123,27 +129,31 @@ RADII = {"rotation": (torch.block_diag(turned(.7, 2.), turned(2., .5), torch.eye
 @pytest.mark.parametrize("name", RADII)
 def test_spectral_radii_by_hand(name):
     W, expected = RADII[name]
-    assert exp.spectral_radius(W[None]).item() == pytest.approx(expected, rel=2e-4, abs=0)  # without a cycle exactly 0
+    # without a cycle exactly 0
+    assert exp.spectral_radius(W[None]).item() == pytest.approx(expected, rel=2e-4, abs=0)
     again = exp.spectral_radius(exp.rescaled(W[None], .7)).item()
     assert again == pytest.approx(.7 if expected else 0, rel=2e-4)
 
 
 def test_spectral_radii_are_those_of_eigvals():
-    W = torch.cat([randn(20, 30, 30), torch.randint(-1, 2, (20, 30, 30), generator=g()), randn(20, 30, 30).abs()])
+    W = torch.cat([randn(20, 30, 30), torch.randint(-1, 2, (20, 30, 30), generator=g()),
+                   randn(20, 30, 30).abs()])
     known = torch.linalg.eigvals(W).abs().amax(1)
     assert far(exp.spectral_radius(W) / known, 1.) < 1e-4
 
 
-# ---- laws ------------------------------------------------------------------------------------------------------------
+# ---- laws ---------------------------------------------------------------------------------------------
 
 def test_narma10_is_its_recurrence_and_is_drawn_again_where_it_diverges():
-    assert exp.narma10_of(torch.full((1, 3000), .2).double())[0, -1].item() == pytest.approx(.28768943743823394, abs=1e-7)
+    fixed = exp.narma10_of(torch.full((1, 3000), .2).double())
+    assert fixed[0, -1].item() == pytest.approx(.28768943743823394, abs=1e-7)
     seeds = tuple(map(str, range(400)))
     u = exp.noise(seeds, 1000, 0, .5).float().double()
     for row, found in zip(u[:3, :60].tolist(), exp.narma10_of(u[:3, :60]).tolist()):
         y = [0.] * 10
         for t in range(9, 60):
-            y.append(.3 * y[t] + .05 * y[t] * sum(y[t - i] for i in range(10)) + 1.5 * row[t - 9] * row[t] + .1)
+            ten = sum(y[t - i] for i in range(10))
+            y.append(.3 * y[t] + .05 * y[t] * ten + 1.5 * row[t - 9] * row[t] + .1)
         assert found == pytest.approx(y[1:], abs=1e-13)
     lost = exp.narma10_of(u).isnan().any(1)
     assert 0 < lost.sum() < 40
@@ -154,7 +164,8 @@ def test_narma10_is_its_recurrence_and_is_drawn_again_where_it_diverges():
 
 def test_memory_targets_are_earlier_inputs():
     u, y = exp.memory(("0", "7"), 50, 9)
-    assert y.shape == (2, 50, 9) and torch.equal(y[:, 0, :8], y[:, 1, 1:]) and torch.equal(u, u.float().double())
+    assert y.shape == (2, 50, 9) and torch.equal(y[:, 0, :8], y[:, 1, 1:])
+    assert torch.equal(u, u.float().double())
     assert all(torch.equal(y[:, k:, k - 1], u[:, :-k]) for k in range(1, 10))
     assert exp.memory(("0",), 40_000, 1)[0].var().item() == pytest.approx(.64 / 3, rel=.02)
 
@@ -204,16 +215,18 @@ def test_a_seed_draws_the_same_alone_and_in_company(task):
 
 def test_sets_of_seeds_do_not_meet():
     many = dict(fitness_seeds=50, held_out_seeds=50, final_seeds=50)
-    sets = [exp.seeds_of(made(seed=s, **many), which) for s in (0, 1) for which in ("fitness", "held_out", "final")]
+    kinds = itertools.product((0, 1), ("fitness", "held_out", "final"))
+    sets = [exp.seeds_of(made(seed=seed, **many), which) for seed, which in kinds]
     assert sets[2] == sets[5] and len({*itertools.chain(*sets)}) == 5 * 50
     few = exp.on_seeds(exp.cycle(6, .9), exp.PER_SEED, made(final_seeds=3), "final")
-    assert far(exp.on_seeds(exp.cycle(6, .9), exp.PER_SEED, made(final_seeds=40), "final")[:, :3], few) < 1e-5
+    assert far(exp.on_seeds(exp.cycle(6, .9), exp.PER_SEED, made(final_seeds=40), "final")[:, :3],
+               few) < 1e-5
 
 
-# ---- exact memory ----------------------------------------------------------------------------------------------------
+# ---- exact memory -------------------------------------------------------------------------------------
 
 def test_linear_capacity_of_a_ring_and_of_a_chain():
-    """N - 1 + r^2N of a ring, whatever drives it; of a chain from its head one for every delay below N."""
+    """N - 1 + r^2N of a ring, whatever drives it; of a chain from its head 1 for each delay below N."""
     for N, r in ((20, .9), (7, .5)):
         for seed in range(3):
             found = exp.linear_capacity(exp.cycle(N, r)[0], randn(N, seed=seed), 200)
@@ -235,7 +248,7 @@ def test_measured_capacity_is_the_linear_one_where_inputs_are_tiny():
         assert far(values, known) < .06 and far(values.sum(2), known.sum(2)) < .25
 
 
-# ---- operators -------------------------------------------------------------------------------------------------------
+# ---- operators ----------------------------------------------------------------------------------------
 
 def in_space(genes, flags):
     W = genes[..., :-1] if flags.w_in == "evolved" else genes
@@ -243,7 +256,8 @@ def in_space(genes, flags):
         assert ((W != 0).sum(2) == flags.inputs).all()
     if flags.genotype in ("continuous", "gaussian"):
         return flags.genotype == "gaussian" or bool((genes.abs() <= 1).all())
-    return bool(torch.isin(genes, torch.tensor([0., 1.] if flags.genotype == "mask" else [-1., 0, 1])).all())
+    return bool(torch.isin(genes,
+                           torch.tensor([0., 1.] if flags.genotype == "mask" else [-1., 0, 1])).all())
 
 
 @pytest.mark.parametrize("w_in", ["redrawn", "evolved"])
@@ -251,7 +265,8 @@ def in_space(genes, flags):
 def test_operators_keep_the_space(genotype, w_in):
     flags = made(genotype=genotype, w_in=w_in, n_units=8, inputs=3, sigma=2., density=.3)
     genes, evolved = first(flags, 40), w_in == "evolved"
-    assert genes.shape == (40, 8, (1 if genotype == "circulant" else 8) + evolved) and in_space(genes, flags)
+    assert genes.shape == (40, 8, (1 if genotype == "circulant" else 8) + evolved)
+    assert in_space(genes, flags)
     assert not evolved or (genes[..., -1] != 0).all()
     if genotype != "mask":
         assert .35 < (genes[genes != 0] > 0).float().mean() < .65
@@ -281,7 +296,8 @@ def test_a_child_has_one_edit_more_or_less(kind, each, edits):
     if kind == "rewire":
         assert torch.equal(a.flatten(1).sort(1).values, b.flatten(1).sort(1).values)
     if kind == "toggle":
-        assert abs(((b != 0).sum((1, 2)) - (a != 0).sum((1, 2))).float().mean()) < .2  # the density does not drift
+        # the density does not drift
+        assert abs(((b != 0).sum((1, 2)) - (a != 0).sum((1, 2))).float().mean()) < .2
 
 
 @pytest.mark.parametrize("kind", ["row", "column", "block", "uniform", "none"])
@@ -291,7 +307,8 @@ def test_what_a_child_takes_from_its_second_parent(kind):
     if kind == "none":
         assert not taken.any()
         return
-    assert .05 < taken.float().mean(0).min() and len({str(x.tolist()) for x in taken}) > 30  # every gene, in many ways
+    assert .05 < taken.float().mean(0).min()  # every gene, in many ways
+    assert len({str(x.tolist()) for x in taken}) > 30
     if kind == "block":  # a rectangle of half of the genes, round the edges
         assert torch.equal(taken, rows[:, :, None] & columns[:, None]) and .4 < share < .6
     else:
@@ -303,7 +320,8 @@ def test_what_a_child_takes_from_its_second_parent(kind):
 def test_parents_are_the_best_of_a_tournament_without_repetition():
     """Of 3 of 6: 10, 6, 3 and 1 of 20 times, never the last two."""
     genes = torch.arange(6.)[:, None, None].expand(6, 4, 4) + 1
-    loss, ranks = torch.tensor([30., 10, 60, 20, 50, math.inf]).double(), torch.tensor([2, 0, 4, 1, 3, 5])
+    loss = torch.tensor([30., 10, 60, 20, 50, math.inf]).double()
+    ranks = loss.argsort().argsort()
     flags = made(n_units=4, population=6, elites=1, edits=0, crossover="none", tournament=3)
     seen = torch.stack([exp.breed(genes, loss, flags, g(s))[0][1:] for s in range(300)])
     share = torch.bincount(ranks[seen.long() - 1].flatten(), minlength=6) / seen.numel()
@@ -319,14 +337,15 @@ def test_elites_survive_and_children_come_from_where_they_should(method):
         kept = {int(exp.breed(genes, loss, flags, g(s))[1][0]) for s in range(200)}
         assert len(kept) == 7  # any but the second of two equal ones
         return
-    assert torch.equal(new[:3], genes[[3, 4, 5]]) and elites.tolist() == [3, 4, 5]  # of equal ones the first
+    assert torch.equal(new[:3], genes[[3, 4, 5]])  # of equal ones the first
+    assert elites.tolist() == [3, 4, 5]
     if method == "random":
         assert torch.equal(new[3:], exp.first_genes(flags, 5, g()))
     if method == "mutation":
         assert ((new[3:] != genes[3]).flatten(1).sum(1) <= 8).all() and not torch.equal(new[3], new[4])
 
 
-# ---- the search ------------------------------------------------------------------------------------------------------
+# ---- the search ---------------------------------------------------------------------------------------
 
 def searched(path, **fields):
     common.NOW.__init__(asked=False, seconds=common.Counter(), rows=[])
@@ -338,20 +357,22 @@ def searched(path, **fields):
 def test_evolution_learns_and_shuffled_scores_do_not(tmp_path):
     gain = {}
     for method in "ga", "shuffled":
-        found = [searched(tmp_path / f"{method}{s}", method=method, steps=20, seed=s)[1]["held_out"] for s in range(6)]
+        found = [searched(tmp_path / f"{method}{s}", method=method, steps=20,
+                          seed=s)[1]["held_out"] for s in range(6)]
         gain[method] = np.mean([x[-1] - x[0] for x in found])
     assert gain["ga"] > .2 and gain["ga"] > gain["shuffled"] + .15
 
 
-@pytest.mark.parametrize("fields", [dict(task="narma10"), dict(method="mutation", w_in="evolved")], ids=str)
+@pytest.mark.parametrize("fields", [dict(task="narma10"), dict(method="mutation", w_in="evolved")],
+                         ids=str)
 def test_the_best_never_gets_worse_and_its_logs_are_its_own(tmp_path, fields):
     state, logs = searched(tmp_path, steps=5, **fields)
     flags = made(**dict(population=12, n_units=12, density=.2, washout=30, fit=200, test=150) | fields)
     assert (np.diff(logs["loss"]) <= 0).all() and state["lowest"] == logs["loss"][-1]
     W, own = exp.networks(state["best"], flags)
-    scores = {which: exp.on_seeds(W, own, flags, which).sum(2).mean().item() for which in ("fitness", "held_out")}
-    assert -flags.better * scores["fitness"] == pytest.approx(logs["loss"][-1], rel=1e-5)
-    assert scores["held_out"] == pytest.approx(logs["held_out"][-1], rel=1e-5)
+    score = lambda which: exp.on_seeds(W, own, flags, which).sum(2).mean().item()
+    assert -flags.better * score("fitness") == pytest.approx(logs["loss"][-1], rel=1e-5)
+    assert score("held_out") == pytest.approx(logs["held_out"][-1], rel=1e-5)
 
 
 def test_a_network_that_fails_on_one_seed_never_wins(tmp_path, monkeypatch):
@@ -382,10 +403,10 @@ class Look(TorchDispatchMode):
             if isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.ndim:
                 raise SystemExit(f"on the CPU: {{f}}")
         return out
-flags = exp.Flags(room=exp.Tasks, device="cpu", n_units=6, washout=200, fit=450, test=200, compile="off", leak=.5)
+flags = exp.Flags(room=exp.Tasks, n_units=6, washout=200, fit=450, test=200, compile="off", leak=.5)
 with FakeTensorMode(), torch.no_grad():
     at = lambda *shape, dtype=torch.float32: torch.empty(shape, device="gpu", dtype=dtype)
-    inputs = at(3, 6, 6), at(3, 2, 6), at(2, 850, dtype=torch.float64), at(2, 850, 4, dtype=torch.float64)
+    inputs = at(3, 6, 6), at(3, 2, 6), at(2, 850).double(), at(2, 850, 4).double()
     with Look():
         out = exp.read_out(*inputs, flags)
         torch.arange({plant})
@@ -396,12 +417,13 @@ with FakeTensorMode(), torch.no_grad():
 @pytest.mark.parametrize("plant", [False, True], ids=["as it is", "negative control"])
 def test_nothing_of_an_evaluation_is_on_the_cpu(plant):
     code = FAKE.format(plant="3" if plant else "3, device='gpu'")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          timeout=240)
     assert (done.returncode == 0) != plant, done.stderr[-3000:]
     assert not plant or "on the CPU" in done.stderr
 
 
-# ---- measures and claims ---------------------------------------------------------------------------------------------
+# ---- measures and claims ------------------------------------------------------------------------------
 
 def test_references_are_ring_chain_and_random_networks():
     flags = made(task="narma10", radius=.7, genotype="circulant", raw=True, w_in="evolved", ridge=.1)
@@ -414,7 +436,7 @@ def test_references_are_ring_chain_and_random_networks():
 
 
 def test_phases_find_a_ring():
-    """In every numbering and to rounding: of its largest eigenvalues, all of one modulus, the first angle counts."""
+    """In every numbering and to rounding: of eigenvalues of one modulus the first angle counts."""
     for noise in (0, 1e-9, -1e-9):
         W = exp.cycle(12, .9)[0].double().numpy() * (1 + noise * np.arange(12))
         order = np.random.default_rng(0).permutation(12)
@@ -432,7 +454,8 @@ def test_intervals(n, t):
 
 
 def test_arrays_of_different_shapes_are_padded():
-    rows = [dict(a=np.arange(3.), b=np.eye(2), c=np.array("x")), dict(a=np.arange(2.), b=np.eye(3), c=np.array("yy"))]
+    rows = [dict(a=np.arange(3.), b=np.eye(2), c=np.array("x")),
+            dict(a=np.arange(2.), b=np.eye(3), c=np.array("yy"))]
     found = exp.stacked(rows)
     assert found["a"].shape == (2, 3) and np.isnan(found["a"][1, 2]) and found["b"].shape == (2, 3, 3)
     assert found["c"].tolist() == ["x", "yy"] and exp.last(found["a"]).tolist() == [2, 1]
@@ -444,17 +467,18 @@ WORSE = dict(genotype=("mask", "gaussian"))
 
 
 def planted(study, effect):
-    """Arrays in which the first configuration of each claim is better by about `effect` than the second."""
+    """Arrays in which the first configuration of a claim is better by about `effect` than the second."""
     flags = common.cli(exp.Flags, exp.STUDIES, ["--study", common.study_name(study.__name__)])
     rows, time = [], np.arange(3.)
-    among = lambda run, wanted: sum(getattr(run, k) in np.atleast_1d(v).tolist() for k, v in wanted.items())
+    among = lambda run, wanted: sum(getattr(run, k) in np.atleast_1d(v) for k, v in wanted.items())
     for i, one in enumerate(sum(common.groups_of_runs(flags), [])):
-        level = effect * (among(one, BETTER) + (one.genotype in BETTER["genotype"]) - 5 * among(one, WORSE) + (one.w_in == "evolved"))
+        level = among(one, BETTER) + (one.genotype in BETTER["genotype"]) + (one.w_in == "evolved")
+        level = effect * (level - 5 * among(one, WORSE))
         gain, jitter = one.better * effect, .01 * np.sin(7. * i)
         score = 20 + one.better * level + jitter
         growth = gain * (1 + (one.method == "ga") + .1 * one.fitness_seeds)
         row = {name: np.array(getattr(one, name)) for name in exp.OWN} | dict(
-            better=np.array(one.better), final=score + .05 * np.arange(-1., 2), W=np.eye(3), plain=np.full(4, 20.),
+            better=np.array(one.better), final=score + .05 * np.arange(-1., 2), plain=np.full(4, 20.),
             held_out=20 + growth * time + jitter, loss=-one.better * 20 - 3 * time - jitter,
             scaled=np.full(4, 20. + jitter), linear=np.full(1, score + 9 * effect),
             transfer=20 + effect * np.array([1, -1, -1, -1]) + jitter)
@@ -465,10 +489,12 @@ def planted(study, effect):
     return exp.stacked(rows) | no_search | {"reference": np.full((4, 1), 20. - gain)}
 
 
-@pytest.mark.parametrize("study", [s for s in exp.STUDIES if issubclass(s, exp.Searched)], ids=lambda s: s.__name__)
+@pytest.mark.parametrize("study", [s for s in exp.STUDIES if issubclass(s, exp.Searched)],
+                         ids=lambda s: s.__name__)
 def test_claims_follow_their_sentences(study):
     """Planted gains hold, planted losses are FALSE; with four repetitions nothing is decided."""
-    about_luck = {"mostly-luck", "luck-1", "luck-8", "more-seeds-less-luck", "not-stable", "control-gains", "radius-most"}
+    about_luck = {"mostly-luck", "luck-1", "luck-8", "more-seeds-less-luck", "not-stable",
+                  "control-gains", "radius-most"}
     verdicts = {}
     for sign in 1, -1:
         verdicts[sign] = judged(study, planted(study, float(sign)))
@@ -490,29 +516,34 @@ def test_luck_is_what_held_out_seeds_do_not_see():
     assert verdict(4., 1.) is True and verdict(4., 3.) is False
 
 
-@pytest.mark.parametrize("study", [s for s in exp.STUDIES if issubclass(s, exp.Searched)], ids=lambda s: s.__name__)
+@pytest.mark.parametrize("study", [s for s in exp.STUDIES if issubclass(s, exp.Searched)],
+                         ids=lambda s: s.__name__)
 def test_the_ledger_has_every_claim(study):
     found = judged(study, planted(study, 1.))
-    assert ledger("esn_genetic", common.study_name(study.__name__), study is exp.STUDIES[0]).keys() == {*found}
+    assert ledger("esn_genetic", common.study_name(study.__name__),
+                  study is exp.STUDIES[0]).keys() == {*found}
 
 
-# ---- files and flags -------------------------------------------------------------------------------------------------
+# ---- files and flags ----------------------------------------------------------------------------------
 
 def test_the_score_of_a_file_is_that_of_its_W(tmp_path):
     W = exp.rescaled(torch.randn(2, 7, 7, generator=g()), .8).numpy()
     np.savez(tmp_path / "w.npz", W=W, W_in=.1 * np.ones((2, 7)))
-    line = f"--study score --weights {tmp_path / 'w.npz'} --final-seeds 2 --washout 20 --fit 60 --test 40 --ridge .1"
-    assert run(exp, line, tmp_path / "r") == 0
+    line = f"--study score --weights {tmp_path / 'w.npz'} --final-seeds 2 --ridge .1"
+    assert run(exp, f"{line} --washout 20 --fit 60 --test 40", tmp_path / "r") == 0
     arrays, flags = common.read(tmp_path / "r/arrays.npz"), made(n_units=7, ridge=.1)
     _, u, y = exp.data(flags, exp.seeds_of(flags, "final"))
     assert far(arrays["final"], by_loop(W, .1 * np.ones((2, 7)), u, y, flags).sum(2)) < 1e-3
     assert arrays["spectral_radius"] == pytest.approx([.8, .8], rel=1e-4)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no npz", dict(V=np.eye(3)), dict(W=np.eye(3)[:2]), dict(W=np.eye(1)),
-                                     dict(W=np.full((3, 3), np.nan)), dict(W=np.eye(3).astype(object)), dict(W=np.array(["a"])),
+@pytest.mark.parametrize("content", [None, b"", b"no npz", dict(V=np.eye(3)), dict(W=np.eye(3)[:2]),
+                                     dict(W=np.eye(1)),
+                                     dict(W=np.full((3, 3), np.nan)), dict(W=np.eye(3).astype(object)),
+                                     dict(W=np.array(["a"])),
                                      dict(W=np.eye(3), W_in=np.ones(2)), dict(W=np.zeros((0, 3, 3))),
-                                     dict(W=np.eye(3), W_in=np.full(3, np.inf)), b"PK\x03\x04 a broken zip"], ids=str)
+                                     dict(W=np.eye(3), W_in=np.full(3, np.inf)),
+                                     b"PK\x03\x04 a broken zip"], ids=str)
 def test_bad_files_are_one_line(tmp_path, tmp_path_factory, content, refused):
     path = tmp_path_factory.mktemp("files") / "w.npz"
     if isinstance(content, dict):
@@ -523,11 +554,15 @@ def test_bad_files_are_one_line(tmp_path, tmp_path_factory, content, refused):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("--task lorenz", "knows --task memory alone"), ("--elites 20", "--elites must be"), ("--tournament 21", "--tournament"),
-    ("--study spaces --genotype indegree --inputs 51", "--inputs must be"), ("--n-units 1", "from 2"), ("--lag -1", "from 0"),
+    ("--task lorenz", "knows --task memory alone"), ("--elites 20", "--elites must be"),
+                                         ("--tournament 21", "--tournament"),
+    ("--study spaces --genotype indegree --inputs 51", "--inputs must be"), ("--n-units 1", "from 2"),
+                                         ("--lag -1", "from 0"),
     ("--study spaces --genotype circulant --crossover column", "--crossover row or none"),
-    ("--study seed-problem --fitness-seeds 3", "leave it out"), ("--evals 5", "does not read"), ("--density 2", "from 0"),
-    ("--mutation gauss", "has no --mutation gauss"), ("--weights x", "does not read"), ("--study score", "--weights"),
+    ("--study seed-problem --fitness-seeds 3", "leave it out"), ("--evals 5", "does not read"),
+                                         ("--density 2", "from 0"),
+    ("--mutation gauss", "has no --mutation gauss"), ("--weights x", "does not read"),
+                                         ("--study score", "--weights"),
     ("--study score --population 5", "does not read")])
 def test_bad_flags_are_one_line(line, words, refused):
     assert words in refused(exp, line)

@@ -1,5 +1,6 @@
-"""Killed, interrupted, out of disk, damaged, badly asked, on several processes, in strange surroundings: nothing is lost, nothing
-comes out different, and no traceback. FAULTS=20 python -m pytest -m slow -s is the long form."""
+"""Killed, interrupted, out of disk, damaged, badly asked, on several processes, in strange surroundings:
+nothing is lost, nothing comes out different, and no traceback. FAULTS=20 python -m pytest -m slow -s is
+the long form."""
 import ctypes
 import importlib
 import json
@@ -22,7 +23,7 @@ KILLS = int(os.environ.get("FAULTS", 1))  # moments for each script
 exp = importlib.import_module("exp_addition")
 TINY = "--smoke --digit 0 --d-model 4 --compile off --steps 230 --save-every 0".split()
 
-# A child that counts the calls of what it does and kills itself in the N-th of one kind; without a kind it reports the counts.
+# A child that counts the calls of what it does, and reports them or kills itself in the N-th of one kind.
 CHILD = """
 import importlib, json, os, signal, sys
 from pathlib import Path
@@ -41,7 +42,8 @@ def counted(kind, f):
     return g
 script = importlib.import_module({script!r})
 loop = (script, "step") if hasattr(script, "step") else (common.Program, "__call__")
-for kind, owner, name in ("stepping", *loop), ("writing", Path, "replace"), ("drawing", Figure, "savefig"):
+kinds = ("stepping", *loop), ("writing", Path, "replace"), ("drawing", Figure, "savefig")
+for kind, owner, name in kinds:
     setattr(owner, name, counted(kind, getattr(owner, name)))
 status = common.main(script.Flags, script.STUDIES, {line!r})
 print("calls", json.dumps(calls), flush=True)
@@ -50,7 +52,8 @@ sys.exit(status)
 
 
 def child(script, path, at=None, *more):
-    line = [*"--smoke --compile off --save-every 0 --out".split(), str(path), *TRAINS[script].split(), *more]
+    line = [*"--smoke --compile off --save-every 0 --out".split(), str(path), *TRAINS[script].split(),
+            *more]
     code = CHILD.format(root=str(ROOT), at=at, script=script, line=line)
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
 
@@ -60,7 +63,8 @@ def test_killed_and_resumed_is_what_it_would_have_been(script, tmp_path):
     done = child(script, tmp_path / "whole")
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout.rsplit("calls ", 1)[1])
-    every = range(3 * KILLS) if KILLS > 1 or script == SCRIPTS[0] else [SCRIPTS.index(script)]  # the long form: all moments
+    # the long form: all moments
+    every = range(3 * KILLS) if KILLS > 1 or script == SCRIPTS[0] else [SCRIPTS.index(script)]
     for i in every:
         kind, path = [*counts][i % 3], tmp_path / str(i)
         at = (kind, random.Random(i).randrange(1, counts[kind] + 1))
@@ -73,21 +77,24 @@ def test_killed_and_resumed_is_what_it_would_have_been(script, tmp_path):
 
 def command(*words, script="exp_addition.py", environment=None, **more):
     environment = {**os.environ, **(environment or {})}
-    return subprocess.run([sys.executable, script, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+    return subprocess.run([sys.executable, script, *map(str, words)], cwd=ROOT, capture_output=True,
+                          text=True, timeout=300,
                           env={k: v for k, v in environment.items() if v is not None}, **more)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_a_polite_end_saves_draws_and_says_how_to_go_on(number, tmp_path):
     line = ["--smoke", "--steps", "200000", "--compile", "off", "--out", str(tmp_path / "r")]
-    process = subprocess.Popen([sys.executable, "exp_addition.py", *line], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "exp_addition.py", *line], cwd=ROOT,
+                               stdout=subprocess.PIPE, text=True)
     deadline = time.time() + 120
     while not (tmp_path / "r/compiled.json").exists() and time.time() < deadline:
         time.sleep(.1)
     time.sleep(1)
     process.send_signal(number)
     said = process.communicate(timeout=120)[0]
-    assert process.returncode == 130 and "go on with: python exp_addition.py --smoke --steps 200000" in said
+    assert process.returncode == 130
+    assert "go on with: python exp_addition.py --smoke --steps 200000" in said
     assert list((tmp_path / "r").rglob("checkpoint.pt")) and list((tmp_path / "r").glob("*.png"))
 
 
@@ -105,20 +112,24 @@ def test_ctrl_c_while_compiling_decides_nothing(tmp_path, monkeypatch, capsys):
 
 
 def test_a_failing_compiler_leaves_eager_with_a_reason(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch_compile := common.torch, "compile", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no\nway")))
+    monkeypatch.setattr(torch_compile := common.torch, "compile",
+                        lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no\nway")))
     assert torch_compile and run(exp, "--smoke --compile on", tmp_path / "r") == 0
     assert "eager (compiling failed: RuntimeError: no)" in capsys.readouterr().out
 
 
 def no_long_files():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, 120_000))  # bytes: the scripts fit, the checkpoint does not
+    # bytes: the scripts fit, the checkpoint does not
+    resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, 120_000))
 
 
 def no_privilege():
-    ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE: else root writes where nobody may
+    # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE: else root writes where nobody may
+    ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)
 
 
-@pytest.mark.parametrize("before, mode", [(no_long_files, 0o755), (no_privilege, 0o555)], ids=["full disk", "read-only folder"])
+@pytest.mark.parametrize("before, mode", [(no_long_files, 0o755), (no_privilege, 0o555)],
+                         ids=["full disk", "read-only folder"])
 def test_what_cannot_be_written_leaves_what_was_there(before, mode, tmp_path):
     path, line = tmp_path / "r", [*TINY, "--runs", "1", "--d-model", "64"]
     assert run(exp, line, tmp_path / "whole") == 0
@@ -130,7 +141,8 @@ def test_what_cannot_be_written_leaves_what_was_there(before, mode, tmp_path):
     full = command(*line, "--resume", "--out", path, preexec_fn=before)
     for p in (path, *path.glob("block*")):
         p.chmod(0o755)
-    assert full.returncode == 2 and full.stderr.count("\n") == 1 and "cannot read or write" in full.stderr, full.stderr
+    assert full.returncode == 2 and full.stderr.count("\n") == 1, full.stderr
+    assert "cannot read or write" in full.stderr, full.stderr
     assert {p: p.read_bytes() for p in path.rglob("*.pt")} == kept
     assert run(exp, [*line, "--resume"], path) == 0 and alike(path, tmp_path / "whole")
 
@@ -140,7 +152,8 @@ def test_every_damage_is_refused_in_one_line(name, tmp_path, capsys):
     path, pick = tmp_path / "r", random.Random(name)
     assert run(exp, "--smoke --digits 1 --d-model 4 --runs 1 --compile off", path) == 0
     data = (path / name).read_bytes()
-    cuts = range(len(data)) if KILLS > 1 else {0, 1, len(data) - 1, *pick.choices(range(len(data)), k=50)}
+    cuts = range(len(data)) if KILLS > 1 else {0, 1, len(data) - 1,
+                                               *pick.choices(range(len(data)), k=50)}
     bad = [data[:n] for n in cuts]
     for at in pick.choices(range(len(data)), k=200):
         bad.append(data[:at] + bytes([data[at] ^ pick.randrange(1, 256)]) + data[at + 1:])
@@ -157,9 +170,12 @@ def test_every_damage_is_refused_in_one_line(name, tmp_path, capsys):
         assert capsys.readouterr().err.count("\n") == 1
 
 
-PIECES = ["--steps", "--runs", "--seed", "--sweep", "--study", "--name", "--device", "--compile", "--threads", "--block",
-          "--save-every", "--snapshots", "--figures", "--resume", "--force", "--plot-only", "--no-smoke", "0", "-1", "1e3", "7",
-          "x", "", "nan", "1e999", "é", "seed=1,2", "lr=.1,.2", "d_model=", "=3", "=", "--", "-", "--lrr", "auto", "on", "a b",
+PIECES = ["--steps", "--runs", "--seed", "--sweep", "--study", "--name", "--device", "--compile",
+          "--threads", "--block",
+          "--save-every", "--snapshots", "--figures", "--resume", "--force", "--plot-only", "--no-smoke",
+          "0", "-1", "1e3", "7",
+          "x", "", "nan", "1e999", "é", "seed=1,2", "lr=.1,.2", "d_model=", "=3", "=", "--", "-",
+          "--lrr", "auto", "on", "a b",
           "../x", "99999999999999999999", "3", "2", "--help"]
 
 
@@ -189,7 +205,7 @@ def test_random_command_lines(script, tmp_path, monkeypatch, capsys):
     assert ended[0] and ended[2], ended
 
 
-# ---- surroundings ---------------------------------------------------------------------------------------------------
+# ---- surroundings -------------------------------------------------------------------------------------
 
 def quick(path, **environment):
     done = command("--study", "theory", "--out", path, environment=environment)
@@ -198,13 +214,17 @@ def quick(path, **environment):
 
 
 @pytest.mark.parametrize("environment", [
-    dict(HOME=None, XDG_CACHE_HOME=None), dict(HOME="/proc/nowhere", XDG_CACHE_HOME=None), dict(XDG_CACHE_HOME=""),
+    dict(HOME=None, XDG_CACHE_HOME=None), dict(HOME="/proc/nowhere", XDG_CACHE_HOME=None),
+                                         dict(XDG_CACHE_HOME=""),
     dict(XDG_CACHE_HOME="relative"), dict(XDG_CACHE_HOME="/tmp/a space")], ids=str)
 def test_the_compilers_cache_finds_a_place(environment, tmp_path):
-    code = "import common, os; place = os.environ['TORCHINDUCTOR_CACHE_DIR']; print(place * os.path.isdir(place))"
+    code = """import common, os
+place = os.environ['TORCHINDUCTOR_CACHE_DIR']
+print(place * os.path.isdir(place))"""
     env = {**os.environ, **environment}
     env.pop("TORCHINDUCTOR_CACHE_DIR", None)
-    done = subprocess.run([sys.executable, "-c", code], env={**{k: v for k, v in env.items() if v is not None},
+    done = subprocess.run([sys.executable, "-c", code],
+                          env={**{k: v for k, v in env.items() if v is not None},
                           "PYTHONPATH": str(ROOT)}, cwd=tmp_path, capture_output=True, text=True)
     place = done.stdout.strip()
     assert os.path.isabs(place) and " " not in place and not list(tmp_path.rglob("small-networks"))
@@ -212,7 +232,8 @@ def test_the_compilers_cache_finds_a_place(environment, tmp_path):
 
 def test_a_notebooks_backend_and_a_strange_matplotlibrc(tmp_path):
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.family: nothing\n")
-    quick(tmp_path / "r", MPLBACKEND="module://matplotlib_inline.backend_inline", MATPLOTLIBRC=str(tmp_path / "matplotlibrc"))
+    quick(tmp_path / "r", MPLBACKEND="module://matplotlib_inline.backend_inline",
+          MATPLOTLIBRC=str(tmp_path / "matplotlibrc"))
     assert (tmp_path / "r/floors.png").exists()
 
 
@@ -220,8 +241,10 @@ def test_output_that_is_ascii_closed_or_ends(tmp_path):
     quick(tmp_path / "ascii", PYTHONIOENCODING="ascii", LC_ALL="C")
     for name, tail in ("closed", "2>&-"), ("both", ">&- 2>&-"), ("pipe", "| head -1"):
         line = f"{sys.executable} exp_addition.py --study theory --out {tmp_path / name} {tail}"
-        done = subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0 and "Traceback" not in done.stderr and "Exception" not in done.stderr, (name, done)
+        done = subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=ROOT, capture_output=True,
+                              text=True, timeout=120)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, (name, done)
+        assert "Exception" not in done.stderr, (name, done)
         assert (tmp_path / name / "summary.json").exists()
 
 
@@ -231,7 +254,8 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     def no_locks(*_):
         raise OSError(37, "No locks available")
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    assert run(exp, "--study theory", tmp_path / "r") == 0 and "can't be locked" in capsys.readouterr().out
+    assert run(exp, "--study theory", tmp_path / "r") == 0
+    assert "can't be locked" in capsys.readouterr().out
 
 
 def test_a_second_process_is_refused(tmp_path, capsys):
@@ -248,25 +272,28 @@ def test_processes_that_never_come_are_not_waited_for(tmp_path, monkeypatch):
         port = str(s.getsockname()[1])
     lonely = dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     done = command("--study", "theory", "--out", tmp_path / "lonely", environment=lonely)
-    assert done.returncode == 2 and "a process did not come" in done.stderr and done.stderr.count("\n") == 1, done
+    assert done.returncode == 2 and "a process did not come" in done.stderr, done
+    assert done.stderr.count("\n") == 1, done
     quick(tmp_path / "r", WORLD_SIZE="2")  # without the rest of what torchrun sets it means nothing
 
 
 def test_input_is_checked_under_python_O(tmp_path):
     (tmp_path / "bad.pt").write_bytes(b"no checkpoint")
     for line in ["--digit", "9"], ["--study", "anatomy", "--checkpoint", str(tmp_path / "bad.pt")]:
-        done = subprocess.run([sys.executable, "-O", "exp_addition.py", *line, "--out", str(tmp_path / "r")], cwd=ROOT,
+        done = subprocess.run([sys.executable, "-O", "exp_addition.py", *line, "--out",
+                               str(tmp_path / "r")], cwd=ROOT,
                               capture_output=True, text=True, timeout=120)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done
 
 
-# ---- several processes ----------------------------------------------------------------------------------------------
+# ---- several processes --------------------------------------------------------------------------------
 
 def torchrun(line, *more):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), *more,
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+            str(port), *more,
             "exp_addition.py", *map(str, line)]
 
 
@@ -274,20 +301,24 @@ def torchrun(line, *more):
 def test_two_processes_are_one_bit_for_bit(runs, tmp_path):
     line = [*TINY, "--runs", runs, "--block", "2", "--out"]
     assert run(exp, [*map(str, line[:-1])], tmp_path / "one") == 0
-    said = subprocess.run(torchrun([*line, tmp_path / "two"]), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    said = subprocess.run(torchrun([*line, tmp_path / "two"]), cwd=ROOT, capture_output=True, text=True,
+                          timeout=300)
     assert said.returncode == 0, said.stderr[-2000:]
-    assert said.stdout.count(str(tmp_path / "two")) == 1 and said.stdout.count("eager (") == 1  # nothing is said twice
+    assert said.stdout.count(str(tmp_path / "two")) == 1  # nothing is said twice
+    assert said.stdout.count("eager (") == 1
     assert alike(tmp_path / "one", tmp_path / "two") and not list((tmp_path / "two").rglob("block*"))
 
 
 def test_a_process_that_dies_leaves_a_run_that_goes_on(tmp_path):
     line = [*TINY, "--runs", "5", "--block", "2", "--out"]
     line[line.index("--steps") + 1] = "500"
-    job = subprocess.Popen(torchrun([*line, tmp_path / "r"]), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen(torchrun([*line, tmp_path / "r"]), cwd=ROOT, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
     while not (tmp_path / "r/block1/checkpoint.pt").exists() and time.time() < deadline:
         time.sleep(.1)
-    for process in subprocess.run(["pgrep", "-f", f"exp_addition.py.*{tmp_path}"], capture_output=True, text=True).stdout.split():
+    for process in subprocess.run(["pgrep", "-f", f"exp_addition.py.*{tmp_path}"], capture_output=True,
+                                  text=True).stdout.split():
         words = open(f"/proc/{process}/environ").read()
         if "\0RANK=1\0" in "\0" + words:
             os.kill(int(process), signal.SIGKILL)

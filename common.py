@@ -228,12 +228,12 @@ def device(flags):
 # ---- Runs -------------------------------------------------------------------------------------------
 def swept(flags):
     """{field: values} of --sweep, parsed and checked."""
-    own, grid = {*fields_of(flags)} - {*fields_of(Flags), *flags.given}, {}
+    own, grid = fields_of(flags).keys() - fields_of(Flags).keys(), {}
     for text in flags.sweep:
         name, _, values = text.partition("=")
         name = name.replace("-", "_")
         if name not in own or name in grid:
-            raise Stop(f"--sweep {text}: {name} has a value already, or is not a field to sweep")
+            raise Stop(f"--sweep {text}: each field once; {name} came, or is not a field to sweep")
         spelled = {"true": f"--{name}", "false": f"--no-{name}"}
         grid[name] = [read_words(type(flags), [spelled.get(value, f"--{name}={value}")])[name]
                       for value in values.split(",")]

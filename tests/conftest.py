@@ -74,7 +74,7 @@ def judged(study, arrays):
 
 
 def ledger(experiment, study, is_default=False):
-    """{id: verdict} of a study in figures/, whose heading (of a default study README, too) has their counts."""
+    """{id: verdict} of a study in figures/, whose heading (of a default study README) has their counts."""
     pages = [path.read_text() for path in (ROOT / "figures").glob("*.md") if path.name != "ledger.md"]
     text = "# \n".join(pages)
     heading, section = re.search(rf"### {experiment}, {study}: (.*)\n((?:\n|\|.*\n)+)", text).groups()

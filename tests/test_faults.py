@@ -23,7 +23,7 @@ KILLS = int(os.environ.get("FAULTS", 1))  # moments for each script
 exp = importlib.import_module("exp_addition")
 TINY = "--smoke --digit 0 --d-model 4 --compile off --steps 230 --save-every 0".split()
 
-# A child that counts the calls of what it does, and reports them or kills itself in the N-th of one kind.
+# A child that counts the calls of what it does, and reports them or kills itself in one of them.
 CHILD = """
 import importlib, json, os, signal, sys
 from pathlib import Path

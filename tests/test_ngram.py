@@ -48,19 +48,18 @@ def test_a_law_has_rows_that_are_probabilities(name):
 
 
 def test_power_unif_is_geometric_in_an_order_of_its_own():
-    N = 12
-    fields = dict(n_tokens=N, alpha_1=.9, alpha_2=.5, alpha_3=.7, nb_1=12, nb_2=5, nb_3=4)
+    fields = dict(n_tokens=12, alpha_1=.9, alpha_2=.5, alpha_3=.7, nb_1=12, nb_2=5, nb_3=4)
     pi = law(**fields)
     for p, a, n in zip(pi, (.9, .5, .7), (12, 5, 4)):
         v = a ** np.arange(n)
-        rows = p.reshape(-1, N).sort(-1, descending=True)[0].numpy()
+        rows = p.reshape(-1, 12).sort(-1, descending=True)[0].numpy()
         assert np.allclose(rows[:, :n], v / v.sum()) and (rows[:, n:] == 0).all()
     likely = pi[2].flatten(0, 1).argmax(1)
-    assert len(likely.unique()) == N  # contexts are permuted independently: 144 draws miss no token
+    assert len(likely.unique()) == 12  # contexts are permuted independently: 144 draws miss no token
     flags, params, number = made(**fields)
     known = exp.evaluate_of(flags)(params, number)
     p = .7 ** np.arange(4) / sum(.7 ** np.arange(4))
-    assert known["uniform"].item() == pytest.approx(math.log(N) + p @ np.log(p))
+    assert known["uniform"].item() == pytest.approx(math.log(12) + p @ np.log(p))
     assert known["ceiling"].item() == pytest.approx(p[0])
 
 
@@ -164,8 +163,7 @@ def test_low_rank_reads_a_vector_for_each_context():
     flags, params, number = made(model="low-rank")
     some = torch.tensor([7, 7, 0])
     assert torch.equal(exp.residual(flags, params, number).T, params["C"])
-    seen = number | {"context": some}
-    assert torch.equal(exp.residual(flags, params, seen).T, params["C"][some])
+    assert torch.equal(exp.residual(flags, params, number | {"context": some}).T, params["C"][some])
 
 
 @pytest.mark.parametrize("n", [3, 30])
@@ -185,8 +183,7 @@ def test_a_look_up_on_a_card_is_that_on_a_cpu(monkeypatch):
 
 def test_initial_values_are_uniform_within_their_bounds():
     _, params, _ = made(n_tokens=50, d_model=16, n_heads=8, d_head=4, d_mlp=25)
-    bounds = dict(E=1 / 4, W_O=1 / 4, W_Q=(1.5 / 16) ** .5, W_out=1 / 5)
-    for name, bound in bounds.items():
+    for name, bound in dict(E=1 / 4, W_O=1 / 4, W_Q=(1.5 / 16) ** .5, W_out=1 / 5).items():
         assert params[name].abs().max() <= bound
         assert params[name].std().item() == pytest.approx(bound / 3 ** .5, rel=.05)
 
@@ -214,7 +211,6 @@ def test_best_vectors_against_brute_force():
     for iterations in range(5):
         value, lower = exp.best_vectors(U, after, iterations)
         assert (lower <= best + 1e-9).all() and (value >= best - 1e-9).all()
-    assert exp.best_vectors(U, after, 0)[0].sum() > best.sum() + 1
 
 
 def test_enough_width_reaches_zero_and_tables_have_infimum_zero():
@@ -249,18 +245,18 @@ def test_distance_of_subspaces():
 
 def test_superposition_of_known_vectors():
     """Antipodal pairs, a simplex, and vectors that point at their tokens."""
-    run, _, number = made(law="last_position", model="low-rank")
+    flags, _, number = made(law="last_position", model="low-rank")
     likely, pairs = number["after"].argmax(0), torch.cat([torch.eye(3), -torch.eye(3)])
     for U, opposite, error in (pairs, -1, .4), (torch.eye(6), -.2, 0):
-        found = exp.Superposition.measure(run, {"U": U, "C": U[likely]}, number)
+        found = exp.Superposition.measure(flags, {"U": U, "C": U[likely]}, number)
         assert found["opposite"].item() == pytest.approx(opposite)
         assert found["simplex_error"].item() == pytest.approx(error, abs=1e-6)
         assert found["alignment"] > .9
 
 
 def test_margins_and_theorem():
-    logits = np.array([[[3., 1, 0], [0, 1, 4]], [[-1, 2, 0], [5, 1, 0]]])  # [heads, contexts, tokens]
-    assert exp.Heads.margin(logits, np.array([0, 2])).tolist() == [[2, 3], [-3, -5]]
+    logits = np.array([[[3., -1, -2], [0, 1, 4]], [[-1, 2, 0], [5, 1, 0]]])  # heads, contexts, tokens
+    assert exp.Heads.margin(logits, np.array([0, 2])).tolist() == [[4, 3], [-3, -5]]
     found = exp.Capacity.theorem(50, np.array([100, 9999]))
     assert found == pytest.approx([1 / 50 + 49 / 50 * .04, 1])
 
@@ -279,7 +275,7 @@ def test_slopes_and_their_power(k):
 
 def test_pace_says_what_twice_as_many_steps_would_bring():
     t = np.arange(1, 2001.)
-    losses = t ** -.5, 0 * t + 3, 5 + t ** -2, 0 * t + 1e-9, t * np.nan
+    losses = t ** -.5, 0 * t + 3, 5 + t ** -2, 1e-5 / t, t * np.nan
     falling = exp.pace(np.stack(losses, 1))
     assert falling[:4] == pytest.approx([1 - .5 ** .5, 0, 0, 0], abs=1e-6) and np.isnan(falling[4])
 
@@ -330,7 +326,8 @@ def test_a_frozen_U_is_the_low_rank_one(tmp_path, smoke):
     low = a["model"] == "low-rank"
     assert low.sum() and a["freeze_u"][~low].mean() == .5
     for r in np.flatnonzero(~low):
-        assert (U[low] == U[r]).all((1, 2)).any() == a["freeze_u"][r]
+        twin = low & exp.pick(a, **{k: a[k][r] for k in ("seed", "n_heads", "importance")})
+        assert (U[twin] == U[r]).all() == a["freeze_u"][r]
 
 
 @pytest.mark.parametrize("line", [
@@ -402,7 +399,7 @@ def verdicts(study, change, **fields):
 def dynamics(a, good):
     low, answers = a["model"] == "low-rank", a["next_token"] & (a["nb_3"] == 4)
     loss = 2 + (1 if good else -.5) * (1. * (a["sampled"] > 0) + answers - 1.99 * low)
-    return {"loss": loss, "eval_loss": (loss + (not good) * a["next_token"])[None]}
+    return {"loss": loss, "eval_loss": np.stack([loss, loss + (not good) * a["next_token"]])}
 
 
 def scaling(a, good):

@@ -6,8 +6,8 @@ Mackey-Glass, Lorenz (NRMSE). A seed draws W_in and the input. Fitness seeds sel
 read in every generation, final ones once, and neither selects anything. W acts as W x: a row holds the
 incoming weights of a neuron.
 
-    python exp_esn_genetic.py                     .. min: is evolving W better than as many random ones?
-    python exp_esn_genetic.py --study radius      .. min: how much of a gain is spectral radius?
+    python exp_esn_genetic.py                     2.5 min: is evolving W better than as many random ones?
+    python exp_esn_genetic.py --study radius      2.5 min: how much of a gain is spectral radius?
     python exp_esn_genetic.py --study score --weights runs/esn_genetic/evolve/arrays.npz --task narma10
 
 Claims quote research notes on a genetic algorithm for W (French). Capacity: Jaeger 2001; ring, chain:

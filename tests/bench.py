@@ -561,7 +561,7 @@ def esn_row(name, repeats, population, **fields):
     flags = exp_esn.Flags(device="cpu", population=population, room=exp_esn.AnyTask, **fields)
     genes = exp_esn.first_genes(flags, population, common.generator(0, "init"))
     w_in, u, y = (x.double().numpy() for x in exp_esn.data(flags, exp_esn.seeds_of(flags, "fitness")))
-    fit, end, N = flags.washout, flags.washout + flags.train, flags.n_units
+    fit, end, N = flags.washout, flags.washout + flags.fit, flags.n_units
 
     def one(W, w_in, u, y):
         x, X = np.zeros(N), np.empty((len(u), N))
@@ -590,7 +590,7 @@ def esn_row(name, repeats, population, **fields):
     rate = lambda f, work: work / min(clock(f) for _ in range(20))
     single, double = rate(lambda: a @ a, 2 * 512 ** 3), rate(lambda: b @ b, 2 * 512 ** 3)
     sigmoid = rate(lambda: x.sigmoid_(), len(x))
-    least = u.shape[1] * (2 * N * N / single + N / sigmoid) + 2 * flags.train * N * (N + y.shape[2]) / double
+    least = u.shape[1] * (2 * N * N / single + N / sigmoid) + 2 * flags.fit * N * (N + y.shape[2]) / double
     least += 2 * flags.test * N * y.shape[2] / double
     return line(name, count, pairs) + f" {least * count / statistics.median(own for _, own in pairs):.0%} |"
 
@@ -639,7 +639,7 @@ ROWS = {
     ],
     "esn": [
         lambda repeats, seconds: esn_row("esn, NARMA10, N=100, 3,000 time steps (a network on a seed, not a step)", repeats, 64,
-                                         task="narma10", n_units=100, train=1800, fitness_seeds=8),
+                                         task="narma10", n_units=100, fit=1800, fitness_seeds=8),
         lambda repeats, seconds: esn_row("esn, memory, N=50, 2,200 time steps, as by default", repeats, 20),
     ],
 }

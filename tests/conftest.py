@@ -3,6 +3,7 @@ import contextlib
 import importlib
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,9 +20,25 @@ SCRIPTS = ["exp_addition", "exp_esn_genetic", "exp_gpt2_paths", "exp_iteration_h
            "exp_layernorm_landscape",
            "exp_ngram_superposition"]
 LEARN = [name for name in SCRIPTS if name != "exp_esn_genetic"]  # by gradients, with common.train
-TRAINS = {name: "--steps 120 --block 2 --snapshots" for name in LEARN} | {"exp_esn_genetic": "--steps 4"}
+TRAINS = {name: "--steps 24 --evals 6 --block 2 --snapshots" for name in LEARN} | {"exp_esn_genetic": "--steps 4"}
+TRAINS["exp_layernorm_landscape"] += " --block 30"
 TRAINS["exp_gpt2_paths"] += " --study train-mini"  # its default study looks at one model
+HOLDS = {"holds": True, "FALSE": False, "open": None}
 STUDIES = [(name, study) for name in SCRIPTS for study in importlib.import_module(name).STUDIES]
+
+
+def pytest_sessionstart(session):
+    """`python -m pytest` uses two cores: a second process takes what is marked slow."""
+    if not session.config.invocation_params.args:
+        session.config.option.markexpr = "not slow"
+        session.beside = subprocess.Popen([sys.executable, "-m", "pytest", "-m", "slow"],
+                                          stdout=subprocess.PIPE, text=True)
+
+
+def pytest_sessionfinish(session):
+    if beside := getattr(session, "beside", None):
+        print(f"\nThose marked slow:\n{beside.communicate()[0]}")
+        session.exitstatus = session.exitstatus or beside.returncode
 
 
 @pytest.fixture(autouse=True)
@@ -70,21 +87,20 @@ def judged(study, arrays):
     """{id: holds} of a study's claims on arrays."""
     found = []
     study.claims(arrays, lambda *words: found.append(common.judge(*words)))
-    return {claim["id"]: claim["holds"] for claim in found}
+    return {claim["id"]: HOLDS[claim["verdict"]] for claim in found}
 
 
-def ledger(experiment, study, is_default=False):
+def ledger(script, study):
     """{id: verdict} of a study in figures/; its heading (of a default study README) has their counts."""
-    pages = [path.read_text() for path in (ROOT / "figures").glob("*.md") if path.name != "ledger.md"]
-    text = "# \n".join(pages)
-    heading, section = re.search(rf"### {experiment}, {study}: (.*)\n((?:\n|\|.*\n)+)", text).groups()
+    text = "# \n".join(path.read_text() for path in (ROOT / "figures").glob("*.md"))
+    title = f"{script[4:]}, {common.study_name(study.__name__)}"
+    heading, section = re.search(rf"### {title}: (.*)\n((?:\n|\|.*\n)+)", text).groups()
     rows = dict(re.findall(r"(?m)^\| (\S+) \| .* \| (\w+) \|$", section))
     found = {id: verdict for id, verdict in rows.items() if id not in ("claim", "---")}
-    counts = [[*found.values()].count(verdict) for verdict in ("holds", "FALSE", "open")]
+    counts = [[*found.values()].count(verdict) for verdict in HOLDS]
     assert "{} holds, {} FALSE, {} open".format(*counts) in heading
-    if is_default:
-        row = "| {}, {} ({} runs) | {} | {} | {} |".format(experiment, study, heading.split()[0],
-                                                           *counts)
+    if study in [exp.STUDIES[0] for exp in map(importlib.import_module, SCRIPTS)]:
+        row = "| {} ({} runs) | {} | {} | {} |".format(title, heading.split()[0], *counts)
         assert row in (ROOT / "README.md").read_text()
     return found
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import common
 import exp_addition as exp
-from conftest import judged, ledger, run
+from conftest import judged, run
 
 torch.set_num_threads(1)
 Anatomy = exp.Anatomy
@@ -365,7 +365,6 @@ def sweep_verdicts(one_head, two_heads):
 def test_the_notes_rows_are_judged_by_what_they_say():
     never = math.inf
     stuck = sweep_verdicts([never] * 4, [never] * 4)
-    assert [*stuck] == [*ledger("addition", "sweep")]
     assert stuck["t1"] is True  # one head should not converge, as the notes say
     assert stuck["t2"] is False  # two heads should: a step that never comes is no step
     solved = sweep_verdicts([900] * 4, [900] * 3 + [never])
@@ -379,19 +378,9 @@ def test_the_notes_rows_are_judged_by_what_they_say():
 def test_the_rule_for_waiting_times_has_the_error_rates_that_it_says(shape, lowest, highest):
     """The share of samples that are taken for exponential, which those of shape 1 are."""
     g = np.random.default_rng(0)
-    verdict = lambda waits: common.judge("", *exp.Sweep.waiting(waits, g))["holds"]
-    share = np.mean([verdict(100 + g.gamma(shape, size=64)) for _ in range(20)])
+    verdict = lambda waits: common.judge("", *exp.Sweep.waiting(waits, g))["verdict"]
+    share = np.mean([verdict(100 + g.gamma(shape, size=64)) == "holds" for _ in range(20)])
     assert lowest <= share <= highest
-    assert verdict(np.array([1., 2, np.inf, 3])) is None
+    assert verdict(np.array([1., 2, np.inf, 3])) == "open"
 
 
-@pytest.mark.parametrize("line", ["digit", "theory", "all", "anatomy", "spikes --steps 20"])
-def test_the_ledger_holds_what_the_code_claims(line, tmp_path, monkeypatch):
-    """figures/addition.md has the ids that a run makes now; README's counts are those of the ledger."""
-    study = line.split()[0]
-    room = {common.study_name(s.__name__): s for s in exp.STUDIES}[study]
-    monkeypatch.setattr(common, "figures_of", lambda study: {})
-    assert run(exp, f"--smoke --compile off --study {line}", tmp_path / "r") == 0
-    arrays, ids = common.read(tmp_path / "r/arrays.npz"), []
-    room.claims(arrays, lambda id, *rest: ids.append(id))
-    assert [*ledger("addition", study, is_default=study == "digit")] == ids

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 
 import common
-from conftest import LEARN, ROOT, STUDIES, TRAINS, alike, arrays_of, interrupted, run
+from conftest import LEARN, ROOT, STUDIES, TRAINS, alike, arrays_of, interrupted, judged, ledger, run
 
 IDS = [f"{name[4:]}-{common.study_name(study.__name__)}" for name, study in STUDIES]
 QUICK = "--smoke --compile off --save-every 0"
 LONGEST = {"exp_gpt2_paths": 750, "exp_esn_genetic": 600}  # lines of a fork with the first study
+
+
+NEED_ALL_POINTS = "Dynamics Skips Capacity Ranking Rates Score".split()  # their claims; tested elsewhere
 
 
 def forked(name, study, folder):
@@ -28,19 +31,21 @@ def forked(name, study, folder):
     return sys.modules["exp_mine"]
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of claims about runs that did not learn
 @pytest.mark.parametrize("name, study", STUDIES, ids=IDS)
 def test_a_fork_by_each_study_runs_and_draws_all_its_figures(name, study, tmp_path, capsys):
-    """The rooms have walls: a study with its core runs without the others."""
+    """The rooms have walls: a study with its core runs without the others. Its ledger has its claims."""
     fork, path = forked(name, study, tmp_path), tmp_path / "r"
     others = {s.__name__ for n, s in STUDIES if n == name} - {study.__name__}
     assert not others & vars(fork).keys()
-    assert run(fork, "--smoke", path) == 0
-    figures = [p for p in path.iterdir() if p.suffix in (".png", ".gif")]
-    for figure in figures:
-        figure.unlink()
+    assert run(fork, "--smoke --figures", path) == 0  # none
     assert run(fork, "--smoke --plot-only", path) == 0
-    assert {p.stem for p in figures if p.exists()} == common.figures_of(study).keys()
+    figures = {p.stem for p in path.iterdir() if p.suffix in (".png", ".gif")}
+    assert figures == common.figures_of(study).keys()
     assert "not judged" in capsys.readouterr().out
+    if study.__name__ not in NEED_ALL_POINTS:
+        claimed = judged(fork.STUDIES[0], common.read(path / "arrays.npz"))
+        assert [*claimed] == [*ledger(name, study)]
 
 
 def test_a_fork_has_the_bits_of_the_original(exp, tmp_path):
@@ -75,7 +80,7 @@ def test_runs_are_alike_alone_and_in_company(exp, tmp_path):
 def test_an_interrupted_run_draws_marks_and_resumes_with_the_same_bits(exp, tmp_path, capsys):
     line = f"{QUICK} {TRAINS[exp.__name__]} --runs 3"
     assert run(exp, line, tmp_path / "whole") == 0
-    with interrupted(after=5):
+    with interrupted(after=8):  # in the second block
         assert run(exp, line, tmp_path / "cut") == 130
     said = capsys.readouterr().out
     assert "go on with: python exp_" in said and "not judged" in said
@@ -88,6 +93,7 @@ def test_an_interrupted_run_draws_marks_and_resumes_with_the_same_bits(exp, tmp_
     assert exp.__name__ not in LEARN or not list((tmp_path / "cut").glob("block*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEARN)
 def test_compiled_is_eager(name, tmp_path):
     """To rounding; and one compiled run is alike in two folders."""
@@ -115,6 +121,7 @@ def test_compiled_is_eager(name, tmp_path):
     ("--study nonsense", "choose from"), ("--device nonsense", "choose from"),
                                          ("--device cuda", "sees none"),
     ("--sweep seed=1,2", "not a field to sweep"), ("--sweep FLOAT=1 FLOAT=2", "each field once"),
+    ("--sweep FLOAT=.1,.2 --FLOAT .3", "each field once"),
     ("--sweep FLOAT", "is not float"),
     ("--sweep FLOAT=1,x", "'x' is not float"), ("--figures nonsense", "draws"),
                                          ("--plot-only", "cannot read"),
@@ -150,9 +157,10 @@ import importlib
 import tempfile
 from pathlib import Path
 import torch
-import torch._dynamo.backends.common as backends
 import common
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 torch.utils.backend_registration._setup_privateuseone_for_python_backend("gpu")
 common.device = lambda flags: torch.device("gpu", 0)
 real_group, real_first, seen = common.train_group, common.first_step, set()
@@ -160,16 +168,15 @@ real_group, real_first, seen = common.train_group, common.first_step, set()
 class Done(Exception):
     pass
 
-def look(graph, inputs):
-    for node in graph.graph.nodes:
-        value = node.meta.get("val")
-        for x in value if isinstance(value, (tuple, list)) else [value]:
+class Look(TorchDispatchMode):
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **kwargs or {{}})
+        for x in tree_leaves([args, kwargs, out]):
             if isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.ndim:
-                raise SystemExit(f"on the CPU: {{node.format_node()}}")
-        words = [a for a in node.args if a is True]
-        if "index_put" in str(node.target) and words or "scatter_add" in str(node.target):
-            raise SystemExit(f"an atomic add: {{node.format_node()}}")
-    return graph.forward
+                raise SystemExit(f"on the CPU: {{f}}")
+        if "index_put" in str(f) and any(a is True for a in args) or "scatter_add" in str(f):
+            raise SystemExit(f"an atomic add: {{f}}")
+        return out
 
 # each kind of step once, whatever studies share it
 def group(runs, folder, start, step_of, evaluate_of, constants):
@@ -202,42 +209,39 @@ def first(step, state, number, at):  # a fake single number keeps its value, and
     fresh = lambda x: torch.zeros(x.shape, dtype=x.dtype)
     return real_first(step, common.tree_map(fresh, state), common.tree_map(fresh, number), at)
 
-def decide(program, *_):
-    program.once()  # eagerly
-    backend = backends.aot_autograd(fw_compiler=look, keep_inference_input_mutations=True)
-    torch._dynamo.reset()
-    torch.compile(program.update, backend=backend, fullgraph=True, dynamic=False)(
-        program.state, program.number, program.rows, program.row)
-
 def train_block(program, path, state, number, flags, evaluate):
     common.fill(program.state, state)
-    if evaluate:
-        with torch.no_grad():
-            found = torch.vmap(evaluate)(program.state["params"], program.number)
-        assert all(x.device.type == "gpu" for x in found.values())
-    print("traced", flags.study, bool(evaluate))
+    with Look():
+        program.once()
+        if evaluate:
+            with torch.no_grad():
+                torch.vmap(evaluate)(program.state["params"], program.number)
+    print("looked at", flags.study)
     raise Done
 
-common.train, common.first_step, common.decide, common.train_block = train, first, decide, train_block
+common.train, common.first_step, common.train_block = train, first, train_block
+common.decide = lambda *_: None
 common.NOW.__init__(seconds={{"compiling": 0, "run_steps": 0}})
-exp = importlib.import_module({script!r})
-for study in exp.STUDIES:
-    flags = common.cli(exp.Flags, exp.STUDIES, ["--smoke", "--study", common.study_name(study.__name__)])
-    flags.block = flags.block and 2  # a fake tensor of one number computes with it
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        try:
-            study.compute(flags, Path(tempfile.mkdtemp()))
-        except Done:
-            pass
+for exp in map(importlib.import_module, {scripts!r}):
+    for study in exp.STUDIES:
+        line = ["--smoke", "--study", common.study_name(study.__name__)]
+        flags = common.cli(exp.Flags, exp.STUDIES, line)
+        flags.block = flags.block and 2  # a fake tensor of one number computes with it
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            try:
+                study.compute(flags, Path(tempfile.mkdtemp()))
+            except Done:
+                pass
 """
 
 
-@pytest.mark.parametrize("script, plant", [*((name, False) for name in LEARN), (LEARN[0], True)])
-def test_nothing_of_a_step_is_on_the_cpu(script, plant):
+@pytest.mark.slow
+@pytest.mark.parametrize("scripts, plant", [(LEARN, False), (LEARN[:1], True)])
+def test_nothing_of_a_step_is_on_the_cpu(scripts, plant):
     """Every study's step and evaluation on a device without kernels; the control plants a CPU tensor."""
-    code = FAKE.format(script=script, plant=plant)
+    code = FAKE.format(scripts=scripts, plant=plant)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                           timeout=240)
     assert (done.returncode == 0) != plant, done.stderr[-3000:]
     assert ("on the CPU" in done.stderr) == plant
-    assert plant or "traced" in done.stdout and "Traceback" not in done.stderr
+    assert plant or "looked at" in done.stdout and "Traceback" not in done.stderr

@@ -261,22 +261,16 @@ def test_the_order_of_methods_is_judged_shape_by_shape():
     found = judged(exp.Ranking, arrays | {"error": level + .5 * few})
     assert [k for k in orders if found[k] is None] == [k for k in orders if "-M2-" in k]
     found = judged(exp.Ranking, arrays | {"error": 1 - level})
+    assert [*found] == [*ledger("exp_layernorm_landscape", exp.Ranking)]
     assert not any(found[k] for k in orders)
 
 
-@pytest.mark.parametrize("study", exp.STUDIES[:-1], ids=lambda study: study.__name__)
-def test_the_ledger_holds_what_the_code_claims(study):
-    """figures/landscape.md has the ids that a study claims now; README's counts are the ledger's."""
-    arrays, name = settings(study, 2), common.study_name(study.__name__)
-    R = len(arrays["seed"])
-    rows = "loss right f2 weight_norm limit small sharp turned relieved".split()
-    class Zeros(dict):
-        def __missing__(self, k):
-            return np.zeros((R, 2, 2) if k == "right" else (R, 2) if k in rows else R)
-    arrays = Zeros(arrays, step=np.arange(2), correct=100 / arrays["lr"], rises=np.ones(R))
-    with np.errstate(all="ignore"):
-        claimed = judged(study, arrays)
-    assert [*ledger("layernorm_landscape", name, name == "landscape")] == [*claimed]
+def test_gradient_flow_is_where_rate_times_steps_is_one_number():
+    arrays = settings(exp.Rates, 1)
+    for power, holds in (1, True), (.5, False):
+        found = judged(exp.Rates, arrays | {"correct": 300 / arrays["lr"] ** power})
+        assert found["flow"] is holds and found["all-learn"] is True
+    assert [*found] == [*ledger("exp_layernorm_landscape", exp.Rates)]
 
 
 @pytest.mark.parametrize("holds, times, above, measured", [
@@ -374,4 +368,3 @@ def test_claims_on_clusters_can_hold_and_be_false(true):
     arrays |= {"keeps_others": half * true, "keeps_first": half * (not true)}
     found = judged(exp.Clusters, arrays)
     assert {*found.values()} == {true}
-    assert [*found] == [*ledger("layernorm_landscape", "clusters")]

@@ -1,6 +1,7 @@
 """What tests share. The ordinary ones run on the CPU everywhere; test_cuda.py sees a card (-m cuda)."""
 import contextlib
 import importlib
+import itertools
 import os
 import re
 import subprocess
@@ -16,11 +17,11 @@ import pytest
 import common
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["exp_addition", "exp_esn_genetic", "exp_gpt2_paths", "exp_iteration_head",
-           "exp_layernorm_landscape",
-           "exp_ngram_superposition"]
+SCRIPTS = """exp_addition exp_esn_genetic exp_gpt2_paths exp_iteration_head exp_layernorm_landscape
+exp_ngram_superposition""".split()  # not a user's forks
 LEARN = [name for name in SCRIPTS if name != "exp_esn_genetic"]  # by gradients, with common.train
-TRAINS = {name: "--steps 24 --evals 6 --block 2 --snapshots" for name in LEARN} | {"exp_esn_genetic": "--steps 4"}
+TRAINS = {name: "--steps 24 --evals 6 --block 2 --snapshots" for name in LEARN}
+TRAINS["exp_esn_genetic"] = "--steps 4"
 TRAINS["exp_layernorm_landscape"] += " --block 30"
 TRAINS["exp_gpt2_paths"] += " --study train-mini"  # its default study looks at one model
 HOLDS = {"holds": True, "FALSE": False, "open": None}
@@ -61,14 +62,20 @@ def arrays_of(path):
 def alike(a, b):
     """Whether two run folders hold the same bits."""
     x, y = arrays_of(a), arrays_of(b)
-    return x.keys() == y.keys() and all(np.array_equal(x[k], y[k],
-                                                       equal_nan=x[k].dtype.kind == "f") for k in x)
+    return x.keys() == y.keys() and all(x[k].tobytes() == y[k].tobytes() for k in x)
 
 
 def run(exp, line, path=None):
     """The exit status of a command line of a script."""
     words = line.split() if isinstance(line, str) else line
     return common.main(exp.Flags, exp.STUDIES, [*words, *(["--out", str(path)] if path else [])])
+
+
+def python(*words, environment=(), cwd=ROOT, **more):
+    """A finished process of this interpreter, in the project's folder; environment: None unsets."""
+    variables = {k: v for k, v in (os.environ | dict(environment)).items() if v is not None}
+    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True,
+                          timeout=300, env=variables, **more)
 
 
 @pytest.fixture
@@ -108,17 +115,16 @@ def ledger(script, study):
 @contextlib.contextmanager
 def interrupted(after):
     """Ctrl-C after so many readings of the logs, or generations."""
-    calls = []
+    calls = itertools.count(1)
 
     def counted(real):
         def call(*args):
-            calls.append(args)
-            if len(calls) == after:
+            if next(calls) == after:
                 os.kill(os.getpid(), 2)
             return real(*args)
         return call
+    esn = importlib.import_module("exp_esn_genetic")
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in (common.Program, "__call__"), (importlib.import_module("exp_esn_genetic"),
-                                                          "step"):
+        for owner, name in (common.Program, "__call__"), (esn, "step"):
             patch.setattr(owner, name, counted(getattr(owner, name)))
-        yield calls
+        yield

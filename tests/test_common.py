@@ -2,8 +2,6 @@
 import dataclasses
 import itertools
 import json
-import subprocess
-import sys
 import types
 from math import inf, nan
 from pathlib import Path
@@ -15,7 +13,7 @@ import torch
 import common
 import exp_addition as exp
 from common import Stop, flag
-from conftest import ROOT, run
+from conftest import ROOT, python, run
 
 M = 2 ** 32 - 1
 
@@ -91,33 +89,26 @@ def test_generators_differ_and_are_the_same_in_every_process():
     draw = lambda *key: tuple(torch.rand(4, generator=common.generator(*key)).tolist())
     assert len({draw(*key) for key in itertools.product((0, 1, 11), ("init", "eval"))}) == 6
     code = "import common, torch; print(torch.rand(4, generator=common.generator(1, 'init')).tolist())"
-    assert tuple(json.loads(subprocess.check_output([sys.executable, "-c", code],
-                                                    cwd=ROOT))) == draw(1, "init")
+    assert tuple(json.loads(python("-c", code).stdout)) == draw(1, "init")
 
 
 # ---- optimiser, flags, runs ---------------------------------------------------------------------------
 
 def test_adamw_is_torchs():
-    values = dict(lr=[.1, .01], weight_decay=[.1, 0.], eps=[1e-8, 1e-3], beta1=[.9, 0.],
-                  beta2=[.999, .9])
-    g = torch.Generator().manual_seed(0)
-    first = {"w": torch.randn(2, 4, 2, generator=g).double(), "c": torch.randn(2, generator=g).double()}
-    grads = lambda p, t: {k: torch.sin(x + t) + .1 * x for k, x in p.items()}
-    hyper = {name: torch.tensor(x, dtype=torch.float64) for name, x in values.items()}
-    params, state = first, common.stack([common.adam_init(common.run_of(first, 0))] * 2)
-    update = torch.vmap(lambda p, g, s, h: common.adamw(p, g, s, **h))
+    """With rates of its own in each of two runs."""
+    rates = [[.1, .1, .9, .999, 1e-8], [.01, 0., 0., .9, 1e-3]]
+    first = torch.randn(2, 8, generator=common.generator(0, "init")).double()
+    grad = lambda x, t: torch.sin(x + t) + .1 * x
+    params, state = {"w": first}, common.stack([common.adam_init({"w": first[0]})] * 2)
     for t in range(20):
-        params, state = update(params, grads(params, t), state, hyper)
-    for r in range(2):
-        expected = {k: x[r].clone() for k, x in first.items()}
-        options = {k: x[r] for k, x in values.items()}
-        betas = options.pop("beta1"), options.pop("beta2")
-        optimiser = torch.optim.AdamW(expected.values(), betas=betas, **options)
+        given = params, {"w": grad(params["w"], t)}, state
+        params, state = torch.vmap(common.adamw)(*given, *torch.tensor(rates, dtype=torch.float64).T)
+    for (lr, decay, *betas, eps), x, found in zip(rates, first, params["w"]):
+        optimiser = torch.optim.AdamW([x], lr, betas, eps, decay)
         for t in range(20):
-            for k, x in grads(expected, t).items():
-                expected[k].grad = x
+            x.grad = grad(x, t)
             optimiser.step()
-        assert all(torch.allclose(params[k][r], x, rtol=0, atol=1e-10) for k, x in expected.items())
+        assert torch.allclose(found, x, rtol=0, atol=1e-10)
 
 
 @dataclasses.dataclass
@@ -321,6 +312,5 @@ def test_tools_on_finished_runs(finished, tmp_path, monkeypatch, capsys):
     wrong = {"nonsense": "compare RUN", "claims nowhere": "No such file",
              f"fork {ROOT / 'exp_addition.py'} exp_b.py nonsense": "the studies of"}
     for line, words in wrong.items():
-        done = subprocess.run([sys.executable, str(ROOT / "common.py"), *line.split()],
-                              capture_output=True, text=True)
+        done = python("common.py", *line.split())
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, line

@@ -1,8 +1,6 @@
 """The science of exp_esn_genetic.py: laws, recurrence, readout, operators, search, measures, claims."""
 import itertools
 import math
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +9,7 @@ import torch
 
 import common
 import exp_esn_genetic as exp
-from conftest import ROOT, judged, run
+from conftest import judged, run
 
 TASKS, GENOTYPES = [*exp.TASKS], [*exp.KINDS]
 SEEDS = dict(fitness_seeds=2, held_out_seeds=2, final_seeds=2)
@@ -258,7 +256,7 @@ def test_operators_keep_the_space(genotype, w_in):
     assert genotype != "circulant" or torch.equal(W.roll((1, 1), (1, 2)), W)
 
 
-@pytest.mark.parametrize("edits", [0, 1, 3])
+@pytest.mark.parametrize("edits", [1, 3])
 @pytest.mark.parametrize("kind, each", [("toggle", 1), ("flip", 1), ("rewire", 2), ("gauss", 1)])
 def test_a_child_has_one_edit_more_or_less(kind, each, edits):
     genotype = "continuous" if kind == "gauss" else "ternary"
@@ -266,9 +264,6 @@ def test_a_child_has_one_edit_more_or_less(kind, each, edits):
     a = first(flags, 1).expand(400, -1, -1)
     b = exp.mutate(a, flags, g(7))
     count = (a != b).flatten(1).sum(1)
-    if edits == 0:
-        assert not count.any()
-        return
     if kind == "gauss":
         assert (b - a)[a != b].std().item() == pytest.approx(.3, rel=.25) and b.abs().max() <= 1
     assert count.max() == each * (edits + 1)  # two edits may meet, so the least is not sharp
@@ -364,34 +359,6 @@ def test_a_network_that_fails_on_one_seed_never_wins(tmp_path, monkeypatch):
     monkeypatch.setattr(exp, "evaluate", lambda *args: real(*args) * math.nan)
     assert run(exp, "--smoke --study topology", tmp_path / "r") == 0
     assert all(row["diverged"] for row in common.read(tmp_path / "r/summary.json")["runs"])
-
-
-FAKE = """
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-import common, exp_esn_genetic as exp
-torch.utils.backend_registration._setup_privateuseone_for_python_backend("gpu")
-class Look(TorchDispatchMode):
-    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        out = f(*args, **kwargs or {})
-        for x in [*args, out]:
-            if isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.ndim:
-                raise SystemExit(f"on the CPU: {f}")
-        return out
-flags = exp.Flags(room=exp.Tasks, n_units=6, washout=200, fit=450, test=200, compile="off", leak=.5)
-with FakeTensorMode(), torch.no_grad():
-    at = lambda *shape, dtype=torch.float32: torch.empty(shape, device="gpu", dtype=dtype)
-    inputs = at(3, 6, 6), at(3, 2, 6), at(2, 850).double(), at(2, 850, 4).double()
-    with Look():
-        out = exp.read_out(*inputs, flags)
-    assert out.shape == (3, 2, 4) and out.device.type == "gpu"
-"""
-
-
-def test_nothing_of_an_evaluation_is_on_the_cpu():
-    done = subprocess.run([sys.executable, "-c", FAKE], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 # ---- measures and claims ------------------------------------------------------------------------------

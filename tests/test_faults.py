@@ -18,7 +18,7 @@ import time
 import pytest
 
 import common
-from conftest import ROOT, SCRIPTS, TRAINS, alike, interrupted, run
+from conftest import ROOT, SCRIPTS, TRAINS, alike, interrupted, python, run
 
 pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("FAULTS", 1))  # moments for each script
@@ -56,7 +56,7 @@ sys.exit(status)
 def child(script, line, path, at=None):
     line = [*line.split(), "--out", str(path)]
     code = CHILD.format(root=str(ROOT), at=at, script=script, line=line)
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    return python("-c", code)
 
 
 @pytest.mark.parametrize("script", SCRIPTS if KILLS > 1 else SCRIPTS[:2])
@@ -72,13 +72,6 @@ def test_killed_and_resumed_is_what_it_would_have_been(script, tmp_path):
         assert killed.returncode == -signal.SIGKILL and "killed while" in killed.stdout, killed.stderr
         assert run(importlib.import_module(script), f"{line} --resume", path) == 0, at
         assert alike(path, tmp_path / "whole"), at
-
-
-def command(*words, script="exp_addition.py", environment=None, **more):
-    environment = {**os.environ, **(environment or {})}
-    return subprocess.run([sys.executable, script, *map(str, words)], cwd=ROOT, capture_output=True,
-                          text=True, timeout=300,
-                          env={k: v for k, v in environment.items() if v is not None}, **more)
 
 
 def test_a_polite_end_saves_draws_and_says_how_to_go_on(tmp_path):
@@ -110,9 +103,10 @@ def test_ctrl_c_while_compiling_decides_nothing(tmp_path, monkeypatch, capsys):
 
 
 def test_a_failing_compiler_leaves_eager_with_a_reason(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch_compile := common.torch, "compile",
-                        lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no\nway")))
-    assert torch_compile and run(exp, "--smoke --compile on", tmp_path / "r") == 0
+    def fails(*_, **__):
+        raise RuntimeError("no\nway")
+    monkeypatch.setattr(common.torch, "compile", fails)
+    assert run(exp, "--smoke --compile on", tmp_path / "r") == 0
     assert "eager (compiling failed: RuntimeError: no)" in capsys.readouterr().out
 
 
@@ -136,7 +130,7 @@ def test_what_cannot_be_written_leaves_what_was_there(before, mode, tmp_path):
     kept = {p: p.read_bytes() for p in path.rglob("*.pt")}
     for p in (path, *path.glob("block*")):
         p.chmod(mode)
-    full = command(*line, "--resume", "--out", path, preexec_fn=before)
+    full = python("exp_addition.py", *line, "--resume", "--out", path, preexec_fn=before)
     for p in (path, *path.glob("block*")):
         p.chmod(0o755)
     assert full.returncode == 2 and full.stderr.count("\n") == 1, full.stderr
@@ -165,13 +159,9 @@ def test_every_damage_is_refused_in_one_line(tmp_path, capsys):
     assert run(exp, f"{line} --plot-only", tmp_path) == 2 and capsys.readouterr().err.count("\n") == 1
 
 
-PIECES = ["--steps", "--runs", "--seed", "--sweep", "--study", "--name", "--device", "--compile",
-          "--threads", "--block",
-          "--save-every", "--snapshots", "--figures", "--resume", "--force", "--plot-only", "--no-smoke",
-          "0", "-1", "1e3", "7",
-          "x", "", "nan", "1e999", "é", "seed=1,2", "lr=.1,.2", "d_model=", "=3", "=", "--", "-",
-          "--lrr", "auto", "on", "a b",
-          "../x", "99999999999999999999", "3", "2", "--help"]
+PIECES = ["", "a b", *"""--steps --runs --seed --sweep --study --name --device --compile --threads
+--block --save-every --snapshots --figures --resume --force --plot-only --no-smoke 0 -1 1e3 7 x nan é
+1e999 seed=1,2 lr=.1,.2 d_model= =3 = -- - --lrr auto on ../x 99999999999999999999 3 2 --help""".split()]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -209,7 +199,7 @@ def free_port():
 # ---- surroundings -------------------------------------------------------------------------------------
 
 def quick(path, **environment):
-    done = command("--study", "theory", "--out", path, environment=environment)
+    done = python("exp_addition.py", "--study", "theory", "--out", path, environment=environment)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     return done
 
@@ -221,11 +211,8 @@ def test_the_compilers_cache_finds_a_place(environment, tmp_path):
     code = """import common, os
 place = os.environ['TORCHINDUCTOR_CACHE_DIR']
 print(place * os.path.isdir(place))"""
-    env = {**os.environ, **environment}
-    env.pop("TORCHINDUCTOR_CACHE_DIR", None)
-    done = subprocess.run([sys.executable, "-c", code],
-                          env={**{k: v for k, v in env.items() if v is not None},
-                          "PYTHONPATH": str(ROOT)}, cwd=tmp_path, capture_output=True, text=True)
+    done = python("-c", code, cwd=tmp_path, environment=environment | {
+        "TORCHINDUCTOR_CACHE_DIR": None, "PYTHONPATH": ROOT})
     place = done.stdout.strip()
     assert os.path.isabs(place) and " " not in place and not list(tmp_path.rglob("small-networks"))
 
@@ -285,9 +272,7 @@ def test_a_lonely_WORLD_SIZE_means_nothing(tmp_path):
 def test_input_is_checked_under_python_O(tmp_path):
     (tmp_path / "bad.pt").write_bytes(b"no checkpoint")
     for line in ["--digit", "9"], ["--study", "anatomy", "--checkpoint", str(tmp_path / "bad.pt")]:
-        done = subprocess.run([sys.executable, "-O", "exp_addition.py", *line, "--out",
-                               str(tmp_path / "r")], cwd=ROOT,
-                              capture_output=True, text=True, timeout=120)
+        done = python("-O", "exp_addition.py", *line, "--out", tmp_path / "r")
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done
 
 
@@ -295,15 +280,14 @@ def test_input_is_checked_under_python_O(tmp_path):
 
 def torchrun(line, script="exp_addition"):
     words = "-m torch.distributed.run --nproc-per-node 2 --master-port".split()
-    return [sys.executable, *words, free_port(), f"{script}.py", *map(str, line)]
+    return [*words, free_port(), f"{script}.py", *line]
 
 
 @pytest.mark.parametrize("script, line", [("exp_addition", [*TINY, "--runs", "5", "--block", "2"]),
                                           ("exp_esn_genetic", ["--smoke", "--runs", "2"])])
 def test_two_processes_are_one_bit_for_bit(script, line, tmp_path):
     assert run(importlib.import_module(script), line, tmp_path / "one") == 0
-    said = subprocess.run(torchrun([*line, "--out", tmp_path / "two"], script), cwd=ROOT,
-                          capture_output=True, text=True, timeout=300)
+    said = python(*torchrun([*line, "--out", tmp_path / "two"], script))
     assert said.returncode == 0, said.stderr[-2000:]
     assert said.stdout.count(str(tmp_path / "two")) == 1  # nothing is said twice
     assert alike(tmp_path / "one", tmp_path / "two")
@@ -312,7 +296,8 @@ def test_two_processes_are_one_bit_for_bit(script, line, tmp_path):
 def test_processes_that_die_leave_a_run_that_goes_on(tmp_path):
     """First one, then the other, that would else be waited for by torchrun half a minute."""
     line = [*TINY, "--runs", "3", "--block", "2", "--steps", "300"]
-    job = subprocess.Popen(torchrun([*line, "--out", tmp_path / "r"]), cwd=ROOT,
+    words = torchrun([*line, "--out", str(tmp_path / "r")])
+    job = subprocess.Popen([sys.executable, *words], cwd=ROOT,
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
     while not (tmp_path / "r/block1/checkpoint.pt").exists() and time.time() < deadline:

@@ -310,7 +310,7 @@ def test_tools_on_finished_runs(finished, tmp_path, monkeypatch, capsys):
     assert "0 holds, 1 FALSE, 0 open" in said
     assert page.count("<img") == 4 and "tens-at-log2" in page and "<script" not in page
     wrong = {"nonsense": "compare RUN", "claims nowhere": "No such file",
-             f"fork {ROOT / 'exp_addition.py'} exp_b.py nonsense": "the studies of"}
+             "fork exp_addition.py exp_b.py nonsense": "the studies of"}
     for line, words in wrong.items():
         done = python("common.py", *line.split())
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, line

@@ -1,0 +1,53 @@
+"""Make the evidence again: python tests/evidence.py [addition gpt2 ...], all of it in about nine hours.
+
+Runs the commands of figures/NAME.md that have a time, and puts what comes out where it belongs: the times, the
+ledgers and their counts (those of default commands also into README.md), and the figures that the pages show. A
+finished run is not made again; delete runs/ first. What the findings say about the numbers is written by hand: read
+`git diff` beside it. The speed table of README.md is printed by tests/bench.py.
+"""
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import common
+
+
+def replace(path, pattern, new):
+    """Replace the one place of a file that a pattern matches."""
+    text, count = re.subn(pattern, lambda _: new, path.read_text())
+    assert count == 1, f"{path}: {count} places match {pattern}"
+    path.write_text(text)
+
+
+def make(command, page):
+    """Run a command; its time, ledger and figures go into its page."""
+    print("python", command, flush=True)
+    done = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"python {command} ended with {done.returncode}: finish it (--resume), or delete its run")
+    run = ROOT / re.findall(r"runs/\S+", done.stdout)[-1]
+    seconds = common.read(run / "summary.json")["wall_seconds"]
+    time = f"{seconds:.0f} s" if seconds < 150 else f"{seconds / 60:.0f} min"
+    replace(page, rf"(?<=`python {re.escape(command)}` \| )[^|]*(?= \|)", time)
+    ledger = common.read(run / "claims.md").decode()
+    title, runs, *counts = re.match(r"### (.*): (\d+) runs; (\d+) holds, (\d+) FALSE, (\d+) open", ledger).groups()
+    replace(page, rf"### {title}: .*\n(\n|\|.*\n)+", ledger + "\n")
+    if "--study" not in command:
+        row = " | ".join([f"| {title} ({runs} runs)", *counts])
+        replace(ROOT / "README.md", rf"(?m)^\| {title} \(.*$", f"{row} |")
+    for figure in run.glob("*.png"):
+        shown = page.parent / f"{page.stem}_{figure.name}"
+        if shown.exists():
+            shutil.copy(figure, shown)
+
+
+if __name__ == "__main__":
+    pages = {path.stem: path for path in sorted((ROOT / "figures").glob("*.md"))}
+    for name in sys.argv[1:] or pages:
+        for command in re.findall(r"(?m)^\| `python (exp_.*?)` \| \d", pages[name].read_text()):
+            make(command, pages[name])

@@ -67,6 +67,7 @@ from tqdm import tqdm
 matplotlib.rcdefaults()  # not a matplotlibrc's fonts, and no LaTeX
 plt.rc("axes.spines", top=False, right=False)
 torch.set_flush_denormal(True)  # far below any precision, and slow
+np.seterr("ignore")  # NaN and infinity have meanings here: without a value, never reached
 NOW = SimpleNamespace()  # what `run_study` knows of the run that is going on
 
 class Stop(Exception):
@@ -339,7 +340,7 @@ def meet(value=None):
     if WORLD == 1:
         return value
     number, shared = next(MEETINGS), store()
-    if RANK == 0:
+    if not RANK:
         shared.set(f"value{number}", json.dumps(value))
     shared.add(f"here{number}", 1)
     while shared.add(f"here{number}", 0) < WORLD:
@@ -807,7 +808,7 @@ def run_study(flags, script):
         NOW.asked = True
         tell("\nstopping (again: at once)")
     with ExitStack() as ending:
-        path = ending.enter_context(opened(flags, script)) if RANK == 0 else None
+        path = None if RANK else ending.enter_context(opened(flags, script))
         path = meet(path and str(path))
         if not path:
             return 0
@@ -820,7 +821,7 @@ def run_study(flags, script):
         else:
             arrays = {k: np.asarray(v) for k, v in flags.room.compute(flags, NOW.folder).items()}
             write(NOW.folder / "arrays.npz", arrays)
-        if RANK == 0:
+        if not RANK:
             conclude(flags, arrays)
         tell(f"stopped; go on with: python {script.name} "
              f"{shlex.join(w for w in flags.argv if w not in '--resume --force --plot-only'.split())} "
@@ -936,9 +937,8 @@ def report(*paths):
     page = ["<!doctype html><meta charset=utf-8><style>pre {white-space: pre-wrap}</style>"]
     for path in map(Path, paths):
         page.append(f"<pre>{html.escape(read(path / 'claims.md').decode())}</pre>")
-        for file in sorted(path.glob("*.[pg][ni][gf]")):
-            data = f"data:image/{file.suffix[1:]};base64,{b64encode(read(file)).decode()}"
-            page.append(f"<img src='{data}'>")
+        for f in sorted(path.glob("*.[pg][ni][gf]")):
+            page.append(f"<img src='data:image/{f.suffix[1:]};base64,{b64encode(read(f)).decode()}'>")
     Path("runs/report.html").write_text("\n".join(page), encoding="utf-8")
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ mod base: a model that knows its own column but no carry has the loss H(c_k) (.6
 -> log 2), one that knows nothing log base.
 
     python exp_addition.py                       one minute: when do units and tens leave their shelves?
-    python exp_addition.py --study anatomy       three minutes: attention, neurons, frequencies
+    python exp_addition.py --study anatomy       two minutes: attention, neurons, frequencies
     python exp_addition.py --study theory        seconds: every exact shelf, for any --base and --digits
 
 Claims are quoted from research notes of 2023-04-18, "128/4" is d_model/n_heads."""

@@ -6,7 +6,7 @@ sum_x p(x) CE(s(.|x), y(x)) in nats. With N = M = 2 and N(h) = h / |h| it lives 
 with one minimum, log(1 + exp(-sqrt 2)) = .2176; without N it depends on gamma = W'(u_1 - u_2) alone.
 Floor under N, u orthonormal: log(1 + (M - 1) exp(-sqrt(M / (M - 1)))).
 
-    python exp_layernorm_landscape.py                      21 s: both landscapes, and five ways down
+    python exp_layernorm_landscape.py                      20 s: both landscapes, and five ways down
     python exp_layernorm_landscape.py --study ranking      Adam + LN > Adam > LN > SGD?
     python exp_layernorm_landscape.py --study clusters     another law: modular sums in the plane
 
@@ -524,9 +524,10 @@ class Landscape(Study):
             name, marker = [("minimum", "o"), ("saddle", "D"), ("maximum", "^")][sum(high)]
             ax.plot(*at, marker, color="white", mec="black", zorder=4)
             ax.annotate(f"{name} {p @ loss[at, [0, 1]]:.4f}", at, (0, 8), fontsize=7,
-                        ha="center", textcoords="offset points",
+                        ha="center", textcoords="offset points", zorder=5,
                         bbox=dict(facecolor="white", edgecolor="none", pad=1))
-        ax.set(xticks=range(-270, 361, 90), yticks=range(-270, 361, 90))
+        ax.set(xlim=(-270, 360), ylim=(-270, 360),
+               xticks=range(-270, 361, 90), yticks=range(-270, 361, 90))
 
     def draw_plain(arrays, flags):
         cosines = Landscape.cosines(arrays, "none")
@@ -550,7 +551,7 @@ class Landscape(Study):
             Landscape.torus(ax, number_of(replace(flags, cos=float(cos))))
             Landscape.paths(ax, arrays, "theta", norm="sphere", cos=cos)
             finish(ax, "angle of N(W e_1) (degrees)", "angle of N(W e_2)",
-                   f"cos {cos:g}, {flags.runs} seeds")
+                   f"cos {cos:g}, {flags.runs} seeds (dots: starts); contours: loss")
         for (norm, style), kind in grid_of((("none", ":"), ("sphere", "-")), ("gd", "adam")):
             for i, path in enumerate(of(arrays, "right", norm=norm, optimiser=kind, cos=cosines[0])):
                 last.plot(*path.T, style, color=OPTIMISERS[kind],
@@ -560,7 +561,8 @@ class Landscape(Study):
                      linewidths=.5)
         last.add_patch(plt.Rectangle((1 - BOX, 1 - BOX), 2 * BOX - 1, 2 * BOX - 1, fill=False, ls="--"))
         last.annotate(f"all that N can say: up to {BOX:.3f}", (1 - BOX, BOX), va="bottom", fontsize=7)
-        finish(last, "probability of the right class, token 1", "token 2", f"cos {cosines[0]:g}")
+        finish(last, "probability of the right class, token 1", "that of token 2",
+               f"the same paths and those without N, cos {cosines[0]:g}")
         return figure
 
 

@@ -36,7 +36,7 @@ def make(command, page):
     replace(page, rf"(?<=`python {re.escape(command)}` \| )[^|]*(?= \|)", time)
     ledger = common.read(run / "claims.md").decode()
     title, runs, *counts = re.match(r"### (.*): (\d+) runs; (\d+) holds, (\d+) FALSE, (\d+) open", ledger).groups()
-    replace(page, rf"### {title}: .*\n(\n|\|.*\n)+", ledger + "\n")
+    replace(page, rf"### {title}: .*\n\n(\|.*\n)+", ledger)
     if "--study" not in command:
         row = " | ".join([f"| {title} ({runs} runs)", *counts])
         replace(ROOT / "README.md", rf"(?m)^\| {title} \(.*$", f"{row} |")

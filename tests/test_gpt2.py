@@ -465,8 +465,8 @@ def test_the_step_is_that_of_torch_optim():
 def test_a_mini_learns_and_is_kept(tmp_path):
     """Of a size of its own."""
     sizes = "--smoke --steps 60 --d-model 32 --lr 1e-2 --batch 8"
-    look = f"--study lens {sizes} --figures"
-    assert run(exp, f"--study train-mini --runs 1 {sizes} --figures", tmp_path / "runs") == 0
+    look = f"--study lens {sizes} --figures lens"
+    assert run(exp, f"--study train-mini --runs 1 {sizes}", tmp_path / "runs") == 0
     arrays = common.read(tmp_path / "runs/arrays.npz")
     assert arrays["loss"][0] > arrays["bigram"][0] > 2
     assert arrays["eval_loss"][-1, 0] < arrays["eval_loss"][0, 0] - 1

@@ -553,7 +553,8 @@ def draw_configurations(arrays, flags):
     dots(axes[0], final, names, f"{words}, final seeds, which selected nothing")
     if not flags.sweep:  # else the lines are of another problem
         lines_of(axes[0], arrays["reference"].sum(1))
-    dots(axes[1], -last(arrays["loss"]) - arrays["better"] * final, names, "luck: fitness not kept")
+    dots(axes[1], -last(arrays["loss"]) - arrays["better"] * final, names,
+         "luck: the fitness of the champion less its final score")
     curves(axes[2], -arrays["loss"] * arrays["better"][:, None], names, f"best fitness: {words}")
     curves(axes[3], arrays["held_out"], names, "the same network on held-out seeds")
     return figure

@@ -1,8 +1,8 @@
-"""Make the evidence again: python tests/evidence.py [addition gpt2 ...], all of it in about nine hours.
+"""Make the evidence again, all of it in about nine hours: python tests/evidence.py [WORD ...]
 
 Runs the commands of figures/NAME.md that have a time, and puts what comes out where it belongs: the times, the
-ledgers and their counts (those of default commands also into README.md), and the figures that the pages show. A
-finished run is not made again; delete runs/ first. What the findings say about the numbers is written by hand: read
+ledgers and their counts (those of default commands also into README.md), and the figures that the pages show. With
+words: only the commands and pages that hold one of them. A finished run is not made again; delete runs/ first. What the findings say about the numbers is written by hand: read
 `git diff` beside it. The speed table of README.md is printed by tests/bench.py.
 """
 import re
@@ -47,7 +47,7 @@ def make(command, page):
 
 
 if __name__ == "__main__":
-    pages = {path.stem: path for path in sorted((ROOT / "figures").glob("*.md"))}
-    for name in sys.argv[1:] or pages:
-        for command in re.findall(r"(?m)^\| `python (exp_.*?)` \| \d", pages[name].read_text()):
-            make(command, pages[name])
+    for page in sorted((ROOT / "figures").glob("*.md")):
+        for command in re.findall(r"(?m)^\| `python (exp_.*?)` \| \d", page.read_text()):
+            if not sys.argv[1:] or any(word in f"{page.stem} {command} " for word in sys.argv[1:]):
+                make(command, page)

@@ -877,8 +877,8 @@ class Superposition(Study):
         settled(arrays, say)
 
     def draw_superposition(arrays, flags):
-        figure, axes = common.panels(4, "Who shares a direction? (low-rank: a vector for each context; "
-                                     "hollow: still falling)", flags)
+        figure, axes = common.panels(
+            4, "Who shares a direction? (low-rank: a vector for each context; hollow: still falling)", flags)
         many, d = dict(n_heads=flags.n_heads), flags.d_model
         looks = (ORANGE, "--"), (BLUE, "-"), (GREEN, ":")
         for (model, frozen), (colour, style) in zip(Superposition.kinds, looks):
@@ -892,7 +892,7 @@ class Superposition(Study):
                 strip(axes[3], arrays, "d_model", key, f"{words}: {name}", shade, style, **many, **kind)
         for ax, k in zip(axes, (0., 2.)):
             common.shelf(ax, np.nanmean(arrays["uniform"]), "answers uniformly: log N - H")
-            finish(ax, "d_model", title=f"likely token i weighs (1 - i/N)^{k:g}", log="y", ylim=(1e-7, None))
+            finish(ax, "d_model", title=f"token i weighs (1 - i/N)^{k:g}", log="y", ylim=(1e-7, None))
         common.shelf(axes[3], -1 / (flags.n_tokens - 1), "simplex: -1/(N-1)")
         common.shelf(axes[3], -1, "antipodal pairs")
         finish(axes[2], "heads (low-rank: none)", title=f"d_model = {d}", log="xy")

@@ -748,14 +748,14 @@ def panels(count, title, flags, columns=2, size=(5.4, 3.7)):
     return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
 
 def band(ax, x, y, label, colour):
-    """Median and quartiles over runs of y [T, R], single runs behind, without empty runs."""
+    """Median and quartiles over runs of y [T, R], a hundred single runs behind, without empty runs."""
     known = np.isfinite(y)
     rows, runs = known.any(1), known.any(0)
     if not known.any():
         return
     x, y = x[rows], np.where(known, y, nan)[rows]
     low, middle, high = np.nanquantile(y, [.25, .5, .75], axis=1)
-    ax.plot(x, y, color=colour, lw=.5, alpha=.3)
+    ax.plot(x, y[:, :100], color=colour, lw=.5, alpha=.3)
     ax.fill_between(x, low, high, color=colour, alpha=.2)
     ax.plot(x, middle, color=colour, label=f"{label} ({runs.sum()} of {len(runs)} runs)")
 
@@ -826,7 +826,7 @@ def run_study(flags, script):
         tell(f"stopped; go on with: python {script.name} "
              f"{shlex.join(w for w in flags.argv if w not in '--resume --force --plot-only'.split())} "
              "--resume" if NOW.asked else f"{path}  ({perf_counter() - NOW.start:.0f} s)")
-        return 130 if NOW.asked else 0
+        return 130 * NOW.asked
 
 def conclude(flags, arrays):
     """Judge the claims, write the summary, then draw."""

@@ -878,7 +878,7 @@ class Superposition(Study):
 
     def draw_superposition(arrays, flags):
         figure, axes = common.panels(
-            4, "Who shares a direction? (low-rank: a vector for each context; hollow: still falling)", flags)
+            4, "Who shares a direction? (low-rank: a vector a context; hollow: still falling)", flags)
         many, d = dict(n_heads=flags.n_heads), flags.d_model
         looks = (ORANGE, "--"), (BLUE, "-"), (GREEN, ":")
         for (model, frozen), (colour, style) in zip(Superposition.kinds, looks):

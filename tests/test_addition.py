@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import common
 import exp_addition as exp
-from conftest import judged, run
+from conftest import ROOT, judged, run
 
 torch.set_num_threads(1)
 Anatomy = exp.Anatomy
@@ -384,3 +384,10 @@ def test_the_rule_for_waiting_times_has_the_error_rates_that_it_says(shape, lowe
     assert verdict(np.array([1., 2, np.inf, 3])) == "open"
 
 
+def test_the_lines_for_a_notebook_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(exp, "--smoke --digit 0 --n-heads 4 --name look --figures curves") == 0
+    text = (ROOT / "README.md").read_text()
+    exec("if 1:\n" + text[text.index("    import common"):text.index("## Forking")], {})
+    all_heads, three_heads = capsys.readouterr().out.split("\n")[-2].split(") ")
+    assert all_heads != three_heads

@@ -481,16 +481,24 @@ def test_bad_files_are_one_line(tmp_path, tmp_path_factory, content, refused):
     assert "--weights" in refused(exp, f"--study score --weights {path}")
 
 
-@pytest.mark.parametrize("line, words", [
-    ("--task lorenz", "knows --task memory alone"), ("--elites 20", "--elites must be"),
-                                         ("--tournament 21", "--tournament"),
-    ("--study spaces --genotype indegree --inputs 51", "--inputs must be"), ("--n-units 1", "from 2"),
-                                         ("--lag -1", "from 0"),
-    ("--study spaces --genotype circulant --crossover column", "--crossover row or none"),
-    ("--study seed-problem --fitness-seeds 3", "leave it out"), ("--evals 5", "does not read"),
-                                         ("--density 2", "from 0"),
-    ("--mutation gauss", "has no --mutation gauss"), ("--weights x", "does not read"),
-                                         ("--study score", "--weights"),
-    ("--study score --population 5", "does not read")])
+BAD = """
+--task lorenz: knows --task memory alone
+--elites 20: --elites must be
+--tournament 21: --tournament
+--study spaces --genotype indegree --inputs 51: --inputs must be
+--n-units 1: from 2
+--lag -1: from 0
+--study spaces --genotype circulant --crossover column: --crossover row or none
+--study seed-problem --fitness-seeds 3: leave it out
+--evals 5: does not read
+--density 2: from 0
+--mutation gauss: has no --mutation gauss
+--weights x: does not read
+--study score: --weights
+--study score --population 5: does not read
+"""
+
+
+@pytest.mark.parametrize("line, words", [row.split(": ") for row in BAD.strip().splitlines()])
 def test_bad_flags_are_one_line(line, words, refused):
     assert words in refused(exp, line)

@@ -30,10 +30,11 @@ def make(command, page):
     done = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"python {command} ended with {done.returncode}: finish it (--resume), or delete its run")
-    run = ROOT / re.findall(r"runs/\S+", done.stdout)[-1]
-    seconds = common.read(run / "summary.json")["wall_seconds"]
-    time = f"{seconds:.0f} s" if seconds < 150 else f"{seconds / 60:.0f} min"
-    replace(page, rf"(?<=`python {re.escape(command)}` \| )[^|]*(?= \|)", time)
+    path, seconds = re.findall(r"(runs/\S+)  \((\d*)", done.stdout)[-1]
+    run = ROOT / path
+    if seconds:  # it was not finished already
+        time = f"{seconds} s" if int(seconds) < 150 else f"{int(seconds) / 60:.0f} min"
+        replace(page, rf"(?<=`python {re.escape(command)}` \| )[^|]*(?= \|)", time)
     ledger = common.read(run / "claims.md").decode()
     title, runs, *counts = re.match(r"### (.*): (\d+) runs; (\d+) holds, (\d+) FALSE, (\d+) open", ledger).groups()
     replace(page, rf"### {title}: .*\n\n(\|.*\n)+", ledger)

@@ -7,7 +7,7 @@ s_1 .. s_L and EoS, which are determined: its floor is 0. The iteration head: la
 answer to EoI and so knows where the answers begin, layer 2 looks up x_t, its MLP applies F. Model:
 pre-norm transformer, LayerNorm without bias, exact GELU.
 
-    python exp_iteration_head.py                       5 minutes: is it learned, and how does it look?
+    python exp_iteration_head.py                       3 minutes: is it learned, and how does it look?
     python exp_iteration_head.py --study circuit       does it do what it looks like? Interventions
     python exp_iteration_head.py --study induction     the same model on another law: induction
 

@@ -304,7 +304,8 @@ def evaluate_of(flags):
     config = taught(flags)[3]
     return lambda params, number: {"loss": nll(params, number["held"], config).mean()}
 
-# ==== Files of Hugging Face: whatever they hold comes from a stranger ================================
+# ==== What several studies share =====================================================================
+# ---- Files of Hugging Face: whatever they hold comes from a stranger --------------------------------
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ACTIVATIONS = "gelu_new", "gelu_pytorch_tanh", "gelu_fast"  # one function
 FILES = "config.json", "tokenizer.json", "vocab.json", "merges.txt", "model.safetensors"
@@ -510,7 +511,6 @@ def reading(flags):
         raise common.Stop(f"{len(ids)} tokens, windows of {size}: too few, or for --token {flags.token}")
     return torch.tensor(ids), list(range(0, len(ids), size))
 
-# ==== Measures =======================================================================================
 # Of L + 1 states of T positions. The first of a window sees itself alone: it has no vote (`first`).
 NOTES, OURS = "research notes on the states of GPT-2", "this project"
 STATES, PIECE = 832, 2048  # states and tokens compared at once (measured: scores stay in the cache)
@@ -617,7 +617,7 @@ def say_all(say, sentences, name):
     for id, statement, source, values, relation, bound in sentences:
         say(id, f"{name}: {statement}", source, quartiles(values), relation, bound)
 
-# ==== What figures share =============================================================================
+# ---- Figures ----------------------------------------------------------------------------------------
 BLUE, RED, GREEN, _, ORANGE = common.COLOURS[:5]
 GLYPHS = ft2font.FT2Font(font_manager.findfont("DejaVu Sans")).get_charmap()
 

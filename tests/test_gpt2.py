@@ -533,5 +533,3 @@ def test_claims_can_hold_and_be_false(good):
         turn=np.stack([either(1, 2, 4), either(2, 1, 4)], 1), push=depth[:4, None] * either(1, -1, 2))
     for study in exp.Paths, exp.Plane, exp.Sphere, exp.Lens, exp.Blocks:
         assert {*judged(study, arrays).values()} == {good}, study
-
-

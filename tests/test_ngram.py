@@ -491,5 +491,3 @@ def test_capacity_judges_the_power_and_the_paper():
     paper = found(lambda a: .1 + .03404 * a["n_heads"])
     assert paper["slope-10"] is True and paper["slope-5"] is False
     assert paper["accuracy-50-10-1"] is True and paper["accuracy-50-10-31"] is False
-
-

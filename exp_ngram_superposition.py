@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch.func import grad_and_value
 from torch.nn.functional import cosine_similarity
+from torch.nn.functional import one_hot
 from torch.nn.functional import pad
 
 import common
@@ -159,27 +160,30 @@ def law_of(key):
     return LAWS[flags.law](flags, common.generator(key[0], "law"))
 
 
-def entropy(p, axis=0):
-    """In nats."""
-    return -torch.special.xlogy(p, p).sum(axis)
+def entropy(p):
+    """Of the distributions p [..., N], in nats."""
+    return -torch.special.xlogy(p, p).sum(-1)
 
 
 def constants(flags, dtype=torch.float32):
-    """The law of one run, as its step and evaluation read it. Of the contexts that occur: `context` [C],
-    their numbers (without it: all N^2); weight, entropy [C]; after [N, C], what follows them. With
-    --sampled: below [C], how many of the 2^32 hashes draw a context up to this one; sums [N, C], running
-    sums of `after`."""
+    """The law of one run, as its step and evaluation read it. Of the contexts that occur: their tokens
+    x1, x2, weight, entropy [C]; after [N, C], what follows them. With --sampled: below [C], how many of
+    the 2^32 hashes draw a context up to this one; sums [C, N], running sums of `after`, and
+    rows [C, N], its transpose, where fewer are drawn."""
     pi_1, pi_2, pi_3 = law_of(law_key(flags))
-    weight = (pi_1[:, None] * pi_2).flatten()
-    context = weight.nonzero()[:, 0]
-    weight, after = weight[context], pi_3.flatten(0, 1)[context].T
-    found = {"weight": weight, "entropy": entropy(after), "after": after.contiguous()}
-    found = {k: x.to(dtype) for k, x in found.items()}
+    weight = pi_1[:, None] * pi_2
+    x1, x2 = weight.nonzero().T
+    weight, rows = weight[x1, x2], pi_3[x1, x2]
+    found = {"weight": weight, "entropy": entropy(rows), "after": rows.T.contiguous()}
     if flags.sampled:
-        sums = after.cumsum(0)
-        found["sums"] = torch.where(sums > 1 - 1e-9, 2., sums).to(dtype)
+        sums = rows.cumsum(1)
+        found["sums"] = torch.where(sums > 1 - 1e-9, 2., sums)
+        if len(rows) > flags.sampled:
+            found["rows"] = rows
+    found = {k: x.to(dtype) for k, x in found.items()} | {"x1": x1, "x2": x2}
+    if flags.sampled:
         found["below"] = (weight.cumsum(0) / weight.sum() * 2 ** 32).round().long()
-    return found | ({"context": context} if len(context) < flags.n_tokens ** 2 else {})
+    return found
 
 
 def number_of(run, dtype=torch.float64):
@@ -187,25 +191,25 @@ def number_of(run, dtype=torch.float64):
     return common.run_of(common.numbers([run], lambda run: constants(run, dtype)), 0)
 
 
-def contexts(flags, number):
-    """(x1, x2), [C] each, of the contexts in `number`."""
-    everything = torch.arange(flags.n_tokens ** 2, device=number["weight"].device)
-    context = number.get("context", everything)
-    return context // flags.n_tokens, context % flags.n_tokens
-
-
 def drawn(flags, number, t):
     """What a step sees, with the keys of `constants`: --sampled contexts that are drawn with their
-    weights, each with its law or, for --next-token, with one answer (which has no entropy)."""
+    weights, each with its law or, for --next-token, with one answer (which has no entropy). Where no
+    more contexts occur than are drawn: each once, weighted by how often it was drawn."""
     hashes = common.hashes(common.key(number["seed"], 0, t), flags.sampled)
     u = common.uniform(common.key(number["seed"], 1, t), flags.sampled)
     at = torch.searchsorted(number["below"], hashes, right=True)
-    answer = (number["sums"][:, at] <= u).sum(0)
-    tokens = torch.arange(flags.n_tokens, device=at.device)[:, None]
-    after = torch.where(number["next_token"], (tokens == answer).to(u.dtype), number["after"][:, at])
-    return number | {"context": number["context"][at] if "context" in number else at, "after": after,
-                     "weight": torch.full_like(u, 1 / flags.sampled),
-                     "entropy": number["entropy"][at] * ~number["next_token"]}
+    answer = torch.searchsorted(number["sums"][at], u[:, None], right=True)[:, 0]
+    H, (C, N) = number["entropy"] * ~number["next_token"], number["sums"].shape
+    if C <= flags.sampled:  # integers: a card may add them in any order
+        counts = at.new_zeros(C * N).scatter_add(0, answer * C + at, torch.ones_like(at))
+        counts = counts.view(N, C)
+        often = counts.sum(0)
+        answers = counts / often.clamp(1)
+        return number | {"after": torch.where(number["next_token"], answers, number["after"]),
+                         "weight": often / flags.sampled, "entropy": H}
+    after = torch.where(number["next_token"], one_hot(answer, N), number["rows"][at])
+    return number | {"after": after.T.contiguous(), "weight": torch.full_like(u, 1 / flags.sampled),
+                     "entropy": H[at], "x1": number["x1"][at], "x2": number["x2"][at]}
 
 
 def divergence(logits, number):
@@ -302,11 +306,14 @@ def heads(params, number, pair=None):
 
 def residual(flags, params, number):
     """Residual stream before U at position 1, for the contexts in `number`: [d, C], that of `stream`."""
-    pair = contexts(flags, number) if "context" in number else None
+    pair = number["x1"], number["x2"]
+    everything = len(pair[0]) == flags.n_tokens ** 2  # then they are in order
     if flags.model == "low-rank":
-        return look_up(params["C"].T, number["context"]) if pair else params["C"].T
+        table = params["C"].T
+        return table if everything else look_up(table, pair[0] * flags.n_tokens + pair[1])
     if flags.n_layers > 1 or not flags.n_heads:
-        return stream(flags, params, torch.stack(contexts(flags, number), 1), number)[:, 1].T
+        return stream(flags, params, torch.stack(pair, 1), number)[:, 1].T
+    pair = None if everything else pair
     own = ~number["skip_residual"] * params["E"].T
     own = look_up(own, pair[1]) if pair else own[:, None]
     x = (heads(params, number, pair)[1].sum(0) + own).flatten(1)
@@ -445,7 +452,7 @@ def draw_levels(arrays, flags, title):
     figure, (ax,) = common.panels(1, title, flags, size=(8, 6))
     arrays = arrays | {"place": in_order(ax, arrays)}
     strip(ax, arrays, "place", "loss", "median of runs (hollow: still falling)", BLUE, "_")
-    common.shelf(ax, np.nanmean(arrays["uniform"]), "answers uniformly: log N - H", side="left")
+    common.shelf(ax, np.nanmean(arrays["uniform"]), "answers uniformly: log N - H", "left")
     finish(ax, "", f"divergence after {flags.steps} steps (nats)", log="y")
     return figure
 
@@ -453,7 +460,7 @@ def draw_levels(arrays, flags, title):
 def moments(p, U):
     """Mean [C, d] and covariance U^T (diag(p) - p p^T) U [C, d, d] of U's rows under each row of p."""
     mean = p @ U
-    second = (p @ (U[:, :, None] * U[:, None]).flatten(1)).unflatten(1, (U.shape[1], -1))
+    second = torch.einsum("cn,ni,nj->cij", p, U, U)
     return mean, second - mean[:, :, None] * mean[:, None]
 
 
@@ -465,7 +472,7 @@ def best_vectors(U, after, iterations=40):
     The bound is weak duality: a divergence is at least H(q) - H(after) for every distribution q with
     U^T q = U^T after. The Newton step D gives such a q to first order: softmax(U c)_x (1 + (u_x - mean
     u) D); it counts where it is nonnegative, else 0 does. (A table's infimum may be 0, at infinity.)"""
-    c, H = torch.zeros(len(after), U.shape[1], dtype=U.dtype), entropy(after, 1)
+    c, H = torch.zeros(len(after), U.shape[1], dtype=U.dtype), entropy(after)
     def value(c):
         logits = c @ U.T
         return torch.logsumexp(logits, 1) - (after * logits).sum(1) - H
@@ -478,16 +485,17 @@ def best_vectors(U, after, iterations=40):
     for _ in range(iterations):
         q, _, step = newton(c)
         slope, rate = ((after - q) @ U * step).sum(1), torch.ones_like(f)
+        moved = lambda: c + rate[:, None] * step
         for _ in range(30):
-            worse = ~(value(c + rate[:, None] * step) <= f - 1e-4 * rate * slope)
+            worse = ~(value(moved()) <= f - 1e-4 * rate * slope)
             rate = torch.where(worse, rate / 2, rate)
-        new = value(c + rate[:, None] * step)
-        c = torch.where((new < f)[:, None], c + rate[:, None] * step, c)
-        f = torch.where(new < f, new, f)
+        new = value(moved())
+        c = torch.where((new < f)[:, None], moved(), c)
+        f = torch.fmin(new, f)
     q, mean, step = newton(c)
     dual = q * (1 + step @ U.T - (mean * step).sum(1, keepdim=True))
     sound = (dual >= 0).all(1) & (((dual - after) @ U).abs().amax(1) < 1e-9)
-    lower = torch.where(sound, entropy(dual.clamp(min=0), 1) - H, 0.).clamp(min=0)
+    lower = torch.where(sound, entropy(dual.clamp(min=0)) - H, 0.).clamp(min=0)
     return f, lower
 
 
@@ -588,8 +596,8 @@ class Freeze(Study):
         return {f"freeze_{part}": part in names for part in ("e", "qkv", "o", "u")}
 
     def points(flags):
-        subsets = [c for n in range(4) for c in combinations(("e", "qkv", "o", "u"), n)]
-        return [Freeze.frozen(*names) for names in (subsets[::6] if flags.smoke else subsets)]
+        parts = "e", "qkv", "o", "u"
+        return [Freeze.frozen(*c) for n in range(4) for c in combinations(parts, n)]
 
     def claims(arrays, say):
         for id, source, words, limit, *names in (
@@ -693,9 +701,8 @@ class Skips(Study):
 
     def points(flags):
         grid = [dict(zip(Skips.paths, skips)) for skips in product((False, True), repeat=5)]
-        grid = [p for p in grid
-                if not any(p[f"skip_pos_{part}"] and p[f"skip_tok_{part}"] for part in ("qk", "ov"))]
-        return grid[:4] if flags.smoke else grid
+        return [p for p in grid if not any(p[f"skip_pos_{part}"] and p[f"skip_tok_{part}"]
+                                           for part in ("qk", "ov"))]
 
     def claims(arrays, say):
         def level(skipped):
@@ -722,7 +729,7 @@ class Attention(Study):
 
     def measure(run, params, number):
         seen = torch.zeros(run.n_tokens, run.n_tokens, dtype=torch.bool)
-        seen[contexts(run, number)] = True
+        seen[number["x1"], number["x2"]] = True
         before = {k: p.double() for k, p in start(run)["params"].items()}
         maps, first = heads(params, number)[0], heads(before, number)[0]
         occur = maps[:, seen.any(1)]
@@ -762,7 +769,7 @@ class Heads(Study):
     check = attention_only
 
     def measure(run, params, number):
-        pair, U, answer = contexts(run, number), params["U"], number["after"].argmax(0)
+        pair, U, answer = (number["x1"], number["x2"]), params["U"], number["after"].argmax(0)
         attention, out = heads(params, number, pair)
         contribution = out.mT @ U.T
         return {"attention": attention, "contribution": contribution, "answer": answer,

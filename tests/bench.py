@@ -234,7 +234,7 @@ def ngram_row(name, repeats, seconds, runs=1, **fields):
     table, batches = {}, {}
     for run in each:
         number = exp_ngram.number_of(run, torch.float32)
-        pairs = torch.stack(exp_ngram.contexts(run, number), 1)
+        pairs = torch.stack((number["x1"], number["x2"]), 1)
         answer = number["after"].argmax(0)
         table[run.seed] = number
         if not flags.sampled:
@@ -253,7 +253,7 @@ def ngram_row(name, repeats, seconds, runs=1, **fields):
     def ours(run, t):
         number = table[run.seed]
         seen = exp_ngram.drawn(run, number, torch.tensor(t)) if run.sampled else number
-        return torch.stack(exp_ngram.contexts(run, seen), 1), seen["after"].argmax(0)
+        return torch.stack((seen["x1"], seen["x2"]), 1), seen["after"].argmax(0)
     return row(name, repeats, seconds, each, models, loss_of, ours, exp_ngram.start, exp_ngram.step_of(flags),
                      exp_ngram.constants, weight_decay=0.)
 

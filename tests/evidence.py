@@ -1,9 +1,10 @@
 """Make the evidence again, all of it in about nine hours: python tests/evidence.py [WORD ...]
 
 Runs the commands of figures/NAME.md that have a time, and puts what comes out where it belongs: the times, the
-ledgers and their counts (those of default commands also into README.md), and the figures that the pages show. With
-words: only the commands and pages that hold one of them. A finished run is not made again; delete runs/ first. What the findings say about the numbers is written by hand: read
-`git diff` beside it. The speed table of README.md is printed by tests/bench.py.
+ledgers and their counts (those of default commands also into README.md), and the figures that the pages show.
+With words: only the commands and pages that hold one of them. A finished run is not made again; delete runs/ first.
+What the findings say about the numbers is written by hand: read `git diff` beside it. The speed table of README.md
+is printed by tests/bench.py.
 """
 import re
 import shlex

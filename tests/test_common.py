@@ -13,7 +13,7 @@ import torch
 import common
 import exp_addition as exp
 from common import Stop, flag
-from conftest import ROOT, python, run
+from conftest import python, run
 
 M = 2 ** 32 - 1
 

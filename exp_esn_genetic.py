@@ -449,10 +449,9 @@ def stacked(rows):
     """Dicts of arrays, one a run, as {name: [R, ...]}; where shapes differ padded with NaN."""
     found = {}
     for k in rows[0]:
-        parts = [row[k] for row in rows]
-        size = np.max([part.shape for part in parts], 0)
-        found[k] = np.stack([np.pad(part, [(0, int(n) - m) for n, m in zip(size, part.shape)],
-                                    constant_values=nan) if part.ndim else part for part in parts])
+        most = np.max([np.shape(row[k]) for row in rows], 0)
+        full = lambda x: np.pad(x, [(0, n) for n in most - np.shape(x)], constant_values=np.nan)
+        found[k] = np.stack([full(row[k]) if len(most) else row[k] for row in rows])
     return found
 
 
@@ -507,9 +506,9 @@ class Searched(common.Study):
 # ---- Figures ----------------------------------------------------------------------------------------
 def labels(arrays):
     """Each run's configuration in words [R]: the settings that are not the same in all runs."""
-    varied = {k: arrays[k] for k in OWN if k != "seed" and len(np.unique(arrays[k])) > 1}
+    varied = [k for k in OWN if k != "seed" and len(np.unique(arrays[k])) > 1]
     word = lambda k, value: value if isinstance(value, str) else f"{k} {value}"
-    rows = [[word(k, x[r]) for k, x in varied.items()] for r in range(len(arrays["seed"]))]
+    rows = [[word(k, arrays[k][r]) for k in varied] for r in range(len(arrays["seed"]))]
     return np.array([", ".join(row) or "this search" for row in rows])
 
 

@@ -354,13 +354,12 @@ def evaluate_of(flags):
 
 
 def stacked(rows):
-    """The dicts of all runs as arrays with a leading axis of runs, NaN where others have more."""
+    """Dicts of arrays, one a run, as {name: [R, ...]}; where shapes differ padded with NaN."""
     found = {}
     for k in rows[0]:
-        each = [np.asarray(row[k], float)[None] for row in rows]
-        most = np.max([x.shape for x in each], 0)
-        room = [[(0, int(n)) for n in most - x.shape] for x in each]
-        found[k] = np.concatenate([np.pad(*x, constant_values=math.nan) for x in zip(each, room)])
+        most = np.max([np.shape(row[k]) for row in rows], 0)
+        full = lambda x: np.pad(x, [(0, n) for n in most - np.shape(x)], constant_values=np.nan)
+        found[k] = np.stack([full(row[k]) if len(most) else row[k] for row in rows])
     return found
 
 
@@ -386,13 +385,14 @@ def collected(flags, trained, constants_of):
     runs, rows = [], []
     for t in trained:
         for r, run in enumerate(t.runs):
-            curves = {k: x[:, r] for k, x in t.metrics.items() if k.startswith("eval_") and x.ndim > 1}
+            curves = {k: x[:, r].astype(float) for k, x in t.metrics.items()
+                      if k.startswith("eval_") and x.ndim > 1}
             number = common.run_of(common.numbers([run], constants_of), 0)
             params = {k: p[r].nan_to_num() for k, p in t.params.items()}
             ends = {k[5:]: x[-1] for k, x in curves.items()} | flags.room.measure(run, params, number)
             ended = 1 + 0 * t.metrics["loss"][-1, r]
-            rows.append({k: np.asarray(x) * ended for k, x in ends.items()} | curves
-                        | {"eval_step": t.metrics["eval_step"]})
+            rows.append({k: np.asarray(x, float) * ended for k, x in ends.items()} | curves
+                        | {"eval_step": t.metrics["eval_step"] * 1.})
             runs.append(run)
     settings = {k: np.array([getattr(run, k) for run in runs]) for k in ("seed", *OWN)}
     arrays = stacked(rows) | settings

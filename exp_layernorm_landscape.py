@@ -164,12 +164,15 @@ def number_of(run):
 
 
 def batch_of(flags, number, t):
-    """Shares p(x, y) [M, N] of the pairs drawn at step t: a loss sees only how often each comes. A
-    pair's share is the share of hashes up to its bound, less that up to the one before."""
+    """Shares p(x, y) [M, N] of the pairs drawn at step t: a loss sees only how often each comes. They
+    are counted as integers, which a card may add in any order."""
     hashes = common.hashes(common.key(number["seed"], 0, t), flags.batch)
-    below = (hashes < number["below"][:, None]).float().sum(1).to(number["joint"].dtype) / flags.batch
-    shares = torch.diff(below, prepend=torch.zeros_like(below[:1]))
-    return shares.view(-1, flags.n_tokens) * (number["joint"] > 0)
+    below, at = number["below"], torch.zeros_like(hashes)
+    for k in reversed(range(len(below).bit_length())):  # bisection
+        last = (at + 2 ** k - 1).clamp(max=len(below) - 1)
+        at = at + 2 ** k * (below[last] <= hashes)
+    counts = torch.zeros_like(below).scatter_add(0, at, torch.ones_like(at))
+    return number["joint"].sign() * counts.view(-1, flags.n_tokens) / flags.batch
 
 # ==== Model ==========================================================================================
 # Convention of the papers: h = W e_x with W [d, d]. Tokens are columns, h [d, N] and logits [M, N], so
@@ -291,14 +294,9 @@ def stacked(rows):
     """Dicts of arrays, one a run, as {name: [R, ...]}; where shapes differ padded with NaN."""
     found = {}
     for k in rows[0]:
-        parts = [np.asarray(row[k]) for row in rows]
-        shape = np.max([part.shape for part in parts], 0).astype(int)
-        if any(part.shape != tuple(shape) for part in parts):
-            whole = np.full((len(parts), *shape), np.nan)
-            for row, part in zip(whole, parts):
-                row[tuple(map(slice, part.shape))] = part
-            parts = whole
-        found[k] = np.stack(parts)
+        most = np.max([np.shape(row[k]) for row in rows], 0)
+        full = lambda x: np.pad(x, [(0, n) for n in most - np.shape(x)], constant_values=np.nan)
+        found[k] = np.stack([full(row[k]) if len(most) else row[k] for row in rows])
     return found
 
 

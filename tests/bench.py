@@ -253,7 +253,12 @@ def ngram_row(name, repeats, seconds, runs=1, **fields):
     def ours(run, t):
         number = table[run.seed]
         seen = exp_ngram.drawn(run, number, torch.tensor(t)) if run.sampled else number
-        return torch.stack((seen["x1"], seen["x2"]), 1), seen["after"].argmax(0)
+        pairs = torch.stack((seen["x1"], seen["x2"]), 1)
+        # how often each answer comes in each context (without drawing: the table's, once)
+        count = ((run.sampled or len(pairs)) * seen["weight"] * seen["after"]).round().long()
+        answer, at = count.nonzero().T
+        times = count[answer, at]
+        return pairs[at].repeat_interleave(times, 0), answer.repeat_interleave(times)
     return row(name, repeats, seconds, each, models, loss_of, ours, exp_ngram.start, exp_ngram.step_of(flags),
                      exp_ngram.constants, weight_decay=0.)
 

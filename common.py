@@ -12,7 +12,6 @@ import datetime
 import difflib
 import html
 import json
-import operator
 import os
 import re
 import shlex
@@ -199,7 +198,7 @@ def cli(cls, studies, argv=None):
     flags = cls(**room.defaults | smoke | given, argv=words, given=given, room=room)
     for name in {*given, *swept(flags)} - HOW - {"study", "smoke"} - fields_read(room):
         raise Stop(f"--study {flags.study} does not read {option(name)}: leave it out")
-    if not {*flags.figures} <= figures_of(room).keys():
+    if {*flags.figures} - figures_of(room).keys():
         raise Stop(f"--figures: {flags.study} draws {', '.join(figures_of(room))}")
     device(flags)
     room.check(flags)
@@ -439,7 +438,8 @@ class Program:
             torch._dynamo.reset()  # else the ninth program of a process is a version of the first
             try:  # dynamic=False: all blocks go through the same kernels
                 self.update = torch.compile(eager, fullgraph=True, dynamic=False, options={
-                    "realize_opcount_threshold": 100 if self.tiny else 8, "cpp.vec_isa_ok": believed})
+                    "realize_opcount_threshold": 100 if self.tiny else 8, "cpp.vec_isa_ok": believed,
+                    "cpp_wrapper": self.row.is_cpu})
                 self.trial(1)
                 self.once = captured(self.once, self.trial) if self.row.is_cuda else self.once
                 return
@@ -447,7 +447,7 @@ class Program:
                 if NOW.asked:  # Ctrl-C reached the compiler, too: that decides nothing
                     raise KeyboardInterrupt
                 self.update, why = eager, f"{type(error).__name__}: {error}"
-        return f"compiling failed: {why}".splitlines()[0][:140]
+        return f"compiling failed: {why}".splitlines()[0]
 
     def __call__(self, steps):
         """Make at most READ steps; returns their logs {name: [B, steps, ...]} on the CPU."""
@@ -701,7 +701,7 @@ def load(path, group="."):
                            arrays=read(path / "arrays.npz"))
 
 # ---- Claims -----------------------------------------------------------------------------------------
-RELATIONS = {"<": operator.lt, ">": operator.gt, "is": operator.eq,
+RELATIONS = {"<": np.less, ">": np.greater, "is": np.equal,
              "in": lambda x, bounds: (x >= bounds[0]) & (x <= bounds[1])}
 
 def judge(id, statement, source, measured, relation, bound):
@@ -894,7 +894,7 @@ def fork(source, target, *wanted):
     script, lines = Source(text), text.splitlines()
     rooms = {study_name(n.id): n.id for n in script.nodes["STUDIES"].value.elts}
     wanted = wanted or [*rooms][:1]
-    if not {*wanted} <= rooms.keys():
+    if {*wanted} - rooms.keys():
         raise Stop(f"the studies of {source} are {', '.join(rooms)}")
     names = [rooms[w] for w in wanted]
     kept = script.reach(["Flags", "common", "check", *names]).keys() | {"STUDIES"}

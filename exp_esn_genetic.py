@@ -503,7 +503,7 @@ class Searched(common.Study):
     smoke = dict(n_units=8, population=4, steps=2, runs=1, washout=30, fit=60, test=40, final_seeds=2,
                  fitness_seeds=2, held_out_seeds=2)
 
-# ---- Figures ----------------------------------------------------------------------------------------
+# Figures.
 def labels(arrays):
     """Each run's configuration in words [R]: the settings that are not the same in all runs."""
     varied = [k for k in OWN if k != "seed" and len(np.unique(arrays[k])) > 1]
@@ -711,7 +711,7 @@ def linear_capacity(W, w_in, K, noise=0., u_var=.64 / 3):
     along, power = (shrunk[:, None] * V * V).sum(0), (shrunk[:, None] ** 2 * V * V).sum(0)
     return np.divide(along ** 2, power, out=np.zeros(K), where=power > 0)
 
-# ---- Other tasks ------------------------------------------------------------------------------------
+# Other tasks.
 def narma10_of(u):
     """y[t+1] = .3 y[t] + .05 y[t] sum_{i=0..9} y[t-i] + 1.5 u[t-9] u[t] + .1, from u [S, T]: y[1] ..
     y[T]. About 1 % of the sequences with u ~ U[0, .5] diverge: NaN from there on."""
@@ -793,7 +793,7 @@ class AnyTask(Searched):
     """A search on any task."""
     tasks = TASKS
 
-# ---- Studies of what may change ---------------------------------------------------------------------
+# Studies of what may change.
 class SeedProblem(AnyTask):
     """How many fitness seeds does a search need, with as many evaluations (1, 2, 4 or 8 seeds)?"""
     defaults = dict(runs=5, task="narma10")

@@ -305,7 +305,7 @@ def evaluate_of(flags):
     return lambda params, number: {"loss": nll(params, number["held"], config).mean()}
 
 # ==== What several studies share =====================================================================
-# ---- Files of Hugging Face: whatever they hold comes from a stranger --------------------------------
+# Files of Hugging Face: whatever they hold comes from a stranger.
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ACTIVATIONS = "gelu_new", "gelu_pytorch_tanh", "gelu_fast"  # one function
 FILES = "config.json", "tokenizer.json", "vocab.json", "merges.txt", "model.safetensors"
@@ -617,7 +617,7 @@ def say_all(say, sentences, name):
     for id, statement, source, values, relation, bound in sentences:
         say(id, f"{name}: {statement}", source, quartiles(values), relation, bound)
 
-# ---- Figures ----------------------------------------------------------------------------------------
+# Figures.
 BLUE, RED, GREEN, _, ORANGE = common.COLOURS[:5]
 GLYPHS = ft2font.FT2Font(font_manager.findfont("DejaVu Sans")).get_charmap()
 

@@ -1212,7 +1212,7 @@ class Rates(Study):
             ax.set(xticks=[0, 9], xticklabels=cs[[0, -1]], yticks=[0, 9], yticklabels=ps[[0, -1]])
         return figure
 
-# ---- Modular sums in the plane: law, model, step ----------------------------------------------------
+# Modular sums in the plane: law, model, step.
 BITS = 4  # of a token
 PARTS = {"attention": ("query", "W_V"), "mlp": ("W_in", "b_in", "W_out", "b_out")}  # for --freeze
 

@@ -74,13 +74,18 @@ def test_killed_and_resumed_is_what_it_would_have_been(script, tmp_path):
         assert alike(path, tmp_path / "whole"), at
 
 
+def wait_for(path):
+    """Until a file is there, two minutes at most."""
+    deadline = time.time() + 120
+    while not path.exists() and time.time() < deadline:
+        time.sleep(.1)
+
+
 def test_a_polite_end_saves_draws_and_says_how_to_go_on(tmp_path):
     line = ["--smoke", "--steps", "200000", "--compile", "off", "--out", str(tmp_path / "r")]
     process = subprocess.Popen([sys.executable, "exp_addition.py", *line], cwd=ROOT,
                                stdout=subprocess.PIPE, text=True)
-    deadline = time.time() + 120
-    while not (tmp_path / "r/compiled.json").exists() and time.time() < deadline:
-        time.sleep(.1)
+    wait_for(tmp_path / "r/compiled.json")
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=120)[0]
@@ -299,9 +304,7 @@ def test_processes_that_die_leave_a_run_that_goes_on(tmp_path):
     words = torchrun([*line, "--out", str(tmp_path / "r")])
     job = subprocess.Popen([sys.executable, *words], cwd=ROOT,
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 120
-    while not (tmp_path / "r/block1/checkpoint.pt").exists() and time.time() < deadline:
-        time.sleep(.1)
+    wait_for(tmp_path / "r/block1/checkpoint.pt")
     children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout
     for process in reversed(children.split()):
         subprocess.run(["kill", "-KILL", process])
